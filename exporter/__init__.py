@@ -1,0 +1,42 @@
+"""From a checkpoint to a bundle: planning, tracing, stitching, saving, validating, and the `cierzo` command.
+
+`export` is the one function for scripts. torch is imported when it is called and not before, so that the command can
+run bundles on a machine without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+__all__ = ["export"]
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    weights: str = "fp32",
+    chunk: int | None = None,
+    max_batch: int = 8,
+    context: int | None = None,
+    prove: bool = True,
+    dump_passes: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    ignore_config_keys: Collection[str] = (),
+) -> Path:
+    """Compile a checkpoint folder into a bundle folder; see `exporter.compile.export` for every argument."""
+    from exporter import compile
+
+    return compile.export(
+        checkpoint,
+        out,
+        weights=weights,
+        chunk=chunk,
+        max_batch=max_batch,
+        context=context,
+        prove=prove,
+        dump_passes=dump_passes,
+        progress=progress,
+        ignore_config_keys=ignore_config_keys,
+    )

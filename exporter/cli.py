@@ -1,0 +1,185 @@
+"""The `cierzo` command. Each subcommand imports its work when it runs, so that --help and a bundle need no torch.
+
+Exit codes: 0 done, 1 the engine does not compute the reference's function, 2 it could not be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from exporter.cli_generate import generate
+from exporter.cli_options import EXISTING, FOLDER, backend_option, ignore_option, json_option
+from exporter.console import READER_GONE, output, print_json, progress_bars, report_error
+
+WEIGHTS = ("fp32",)
+MODELS = ("mistral", "mixtral")
+PARITY_FAILED = 1
+
+
+@dataclass(slots=True)
+class Settings:
+    """What the group learns before a subcommand runs."""
+
+    debug: bool = False
+    json_errors: bool = False
+
+
+class CierzoGroup(click.Group):
+    """Turns whatever ends a subcommand into one paragraph and an exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Notes whether a JSON object is expected, before an argument can turn out to be wrong."""
+        options = args[: args.index("--")] if "--" in args else args
+        ctx.obj = Settings(json_errors="--json" in options)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the subcommand."""
+        settings: Settings = ctx.obj
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Whoever read our output has left, as `head` does. Python would complain once more when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(READER_GONE)
+        except click.ClickException as error:
+            if settings.json_errors:
+                print_json({"error": {"type": type(error).__name__, "message": error.format_message()}})
+            raise
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            ctx.exit(report_error(error, debug=settings.debug, as_json=settings.json_errors))
+
+
+def distribution_version() -> str:
+    """The version of the installed distribution, or the word that a source tree without one gets."""
+    try:
+        return version("cierzo")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Prints the version and ends."""
+    if wanted:
+        click.echo(f"cierzo {distribution_version()}")
+        ctx.exit()
+
+
+@click.group(cls=CierzoGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="Print it.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error as well.")
+@click.pass_obj
+def cli(settings: Settings, debug: bool) -> None:
+    """Compile Mistral-family checkpoints into inference engines, and prove that each computes the same function."""
+    settings.debug = debug
+
+
+@cli.command()
+@click.argument("path", type=EXISTING)
+@ignore_option
+@json_option
+def inspect(path: Path, ignored: tuple[str, ...], as_json: bool) -> None:
+    """Parameters, KV memory and receptive field of a checkpoint, a config.json or a bundle at PATH."""
+    from exporter.inspect import inspect_path, render
+
+    report = inspect_path(path, ignore_config_keys=ignored)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        render(report, output())
+
+
+@cli.command()
+@click.argument("checkpoint", type=EXISTING)
+@click.argument("out", type=FOLDER)
+@click.option("--weights", type=click.Choice(WEIGHTS), default="fp32", show_default=True, help="Type of the weights.")
+@click.option("--chunk", type=click.IntRange(min=1), help="Most tokens of a row in one step.  [default: chosen]")
+@click.option("--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Most rows in one step.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens that layers without a window can hold.")
+@click.option("--no-prove", is_flag=True, help="Do not run each rewritten region against the original.")
+@click.option("--dump-passes", type=FOLDER, help="Write the graph after each pass into this folder.")
+@ignore_option
+@json_option
+def export(
+    checkpoint: Path,
+    out: Path,
+    weights: str,
+    chunk: int | None,
+    max_batch: int,
+    context: int | None,
+    no_prove: bool,
+    dump_passes: Path | None,
+    ignored: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Compile CHECKPOINT (a Hugging Face folder) into the bundle OUT, a folder that must not exist yet."""
+    from exporter import export as run
+
+    with progress_bars(quiet=as_json) as progress:
+        bundle = run(
+            checkpoint,
+            out,
+            weights=weights,
+            chunk=chunk,
+            max_batch=max_batch,
+            context=context,
+            prove=not no_prove,
+            dump_passes=dump_passes,
+            progress=progress,
+            ignore_config_keys=ignored,
+        )
+    size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    if as_json:
+        print_json({"bundle": str(bundle), "bytes": size})
+    else:
+        click.echo(f"wrote {bundle} ({size / 1e6:,.1f} MB)")
+
+
+@cli.command()
+@click.argument("bundle", type=EXISTING)
+@click.argument("checkpoint", type=EXISTING, required=False)
+@backend_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the token sequences.")
+@json_option
+def validate(bundle: Path, checkpoint: Path | None, backend: str | None, seed: int, as_json: bool) -> None:
+    """Hold BUNDLE against the reference model of CHECKPOINT, by default the one that it was made from.
+
+    Exits 0 when every check holds, 1 when one fails, 2 when they could not be run.
+    """
+    from exporter.validate import render
+    from exporter.validate import validate as run
+
+    with progress_bars(quiet=as_json) as progress:
+        report = run(bundle, checkpoint, backend=backend, seed=seed, progress=progress)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        render(report, output())
+    if not report.passed:
+        click.get_current_context().exit(PARITY_FAILED)
+
+
+@cli.command()
+@click.option("--keep", type=FOLDER, help="Leave the bundles in this folder.  [default: a temporary one]")
+@click.option("--model", type=click.Choice([*MODELS, "both"]), default="both", show_default=True, help="Which one.")
+def demo(keep: Path | None, model: str) -> None:
+    """Take the two small trained models that Cierzo ships through inspect, export, generate and validate."""
+    from exporter.demo import run_demo
+
+    with progress_bars(quiet=False) as progress:
+        run_demo(output(), models=MODELS if model == "both" else (model,), keep=keep, progress=progress)
+
+
+cli.add_command(generate)
+
+main: Callable[[], None] = cli

@@ -1,0 +1,141 @@
+"""What the command shows: progress bars and errors on stderr, results on stdout.
+
+rich is imported when something is drawn, so that `cierzo --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+ProgressCallback = Callable[[str, int, int], None]
+
+# Missing in an install that was made for running bundles only.
+EXPORT_PACKAGES = frozenset({"torch", "onnx", "onnx_ir", "onnxscript", "safetensors"})
+COULD_NOT_RUN = 2  # never 1, which says that parity failed
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+READER_GONE = 141  # 128 + SIGPIPE
+
+
+def output() -> Console:
+    """The console for results, on stdout; piped, it writes plain text no narrower than a page."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Writes one JSON object to stdout. Raises ValueError for NaN and infinity, which JSON does not have."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+class ProgressBars:
+    """Draws one bar at a time: that of the stage that was reported last, until it is complete.
+
+    Between stages nothing is live, so whoever reports may print in between without tearing the bar.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage: str | None = None
+        self._bar: Progress | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` steps of `stage` are behind us; a total of 0 means that nobody knows how many."""
+        if stage != self._stage:
+            self.close()
+        complete = total > 0 and done >= total
+        if self._bar is None and not complete:
+            self._open(stage)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total or None)
+        if complete:
+            self.close()
+
+    def _open(self, stage: str) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._bar.add_task(stage, total=None)
+        self._bar.start()
+        self._stage = stage
+
+    def close(self) -> None:
+        """Takes the bar away; the next report opens a new one."""
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+        self._stage = None
+
+
+@contextmanager
+def progress_bars(*, quiet: bool) -> Iterator[ProgressCallback | None]:
+    """The callback `progress(stage, done, total)` that draws on stderr, or None when nobody would see it."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    bars = ProgressBars(Console(stderr=True))
+    try:
+        yield bars
+    finally:
+        bars.close()
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """One paragraph for a person, and the exit code, for whatever ended a command."""
+    from runtime.errors import CierzoError  # brings numpy along, which --help can do without
+
+    if isinstance(error, CierzoError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted.", INTERRUPTED
+    if isinstance(error, OSError) and error.strerror:
+        where = f": '{error.filename}'" if error.filename is not None else ""
+        return f"the operating system refused: {error.strerror}{where}.", COULD_NOT_RUN
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in EXPORT_PACKAGES:
+        text = (
+            f"this command needs the Python package {error.name}, which is not installed here. An install made for "
+            "running bundles leaves the packages for exporting out; `pip install cierzo` brings them all."
+        )
+        return text, COULD_NOT_RUN
+    text = (
+        f"something happened that Cierzo did not expect: {type(error).__name__}: {error}. "
+        "Run the same command as `cierzo --debug ...` to see where, and please report what it prints."
+    )
+    return text, COULD_NOT_RUN
+
+
+def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
+    """Prints the paragraph on stderr, with `debug` after the traceback, and with `as_json` an object on stdout too.
+
+    Returns the exit code.
+    """
+    text, exit_code = explain(error)
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    if as_json:
+        print_json({"error": {"type": type(error).__name__, "message": text}})
+    print(_paragraph(f"cierzo: {text}", sys.stderr), file=sys.stderr)
+    return exit_code
+
+
+def _paragraph(text: str, stream: TextIO) -> str:
+    """One paragraph: folded to the terminal, one long line elsewhere, so that it can be searched for."""
+    text = " ".join(text.split())
+    if not stream.isatty():
+        return text
+    width = min(shutil.get_terminal_size().columns, 100)
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)

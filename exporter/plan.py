@@ -1,0 +1,79 @@
+"""What will be built: every decision of an export, made once and before anything is traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from reference.config import ModelConfig
+from runtime.errors import ExportError
+
+DEFAULT_CHUNK = 256
+DEFAULT_CONTEXT = 4096
+DEFAULT_MAX_BATCH = 8
+LEAST_CHUNK = 16
+WEIGHT_KINDS = ("fp32",)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """Sizes and layer kinds of one engine.
+
+    kinds: the distinct windows of the layers, in order of first use; None is full causal attention. Layers of one
+        kind have the same graph and are traced once.
+    kind_of_layer: index into `kinds` for each layer.
+    chunk: C, the most tokens of a row that one step takes.
+    context: positions that a full-attention buffer holds; None when every layer slides.
+    max_batch: the most rows that a session may have.
+    """
+
+    config: ModelConfig
+    kinds: tuple[int | None, ...]
+    kind_of_layer: tuple[int, ...]
+    chunk: int
+    context: int | None
+    max_batch: int
+
+    def capacity(self, kind: int) -> int:
+        """Ring slots of a layer kind: W + C − 1, since a chunk is written before it is attended to; or the context."""
+        window = self.kinds[kind]
+        if window is not None:
+            return window + self.chunk - 1
+        assert self.context is not None
+        return self.context
+
+    @property
+    def template(self) -> ModelConfig:
+        """The model that is traced: one layer of each kind."""
+        return replace(self.config, num_layers=len(self.kinds), layer_windows=self.kinds)
+
+
+def make_plan(
+    config: ModelConfig, *, chunk: int | None = None, max_batch: int = DEFAULT_MAX_BATCH, context: int | None = None
+) -> ExportPlan:
+    """Fill in the defaults and refuse contradictions with ExportError.
+
+    chunk defaults to 256 tokens, but not more than the smallest window (nor less than 16): the ring holds W + C − 1
+    positions, and a chunk far larger than the window would make it mostly slack. context defaults to the checkpoint's
+    max_position_embeddings, at most 4096, and is refused where every layer slides, since it would mean nothing.
+    """
+    for name, number in (("chunk", chunk), ("max_batch", max_batch), ("context", context)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ExportError(f"{name} is {number!r}, but must be a whole number of at least 1.")
+    kinds = tuple(dict.fromkeys(config.layer_windows))
+    windows = [window for window in kinds if window is not None]
+    if None not in kinds and context is not None:
+        raise ExportError(
+            f"--context {context} was given, but every layer of this model slides over a window of at most "
+            f"{max(windows)} tokens: its memory does not depend on the context, which is unlimited. Leave --context away."
+        )
+    if None in kinds:
+        context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+    if chunk is None:
+        chunk = min(DEFAULT_CHUNK, max(LEAST_CHUNK, min(windows, default=DEFAULT_CHUNK)), context or DEFAULT_CHUNK)
+    if context is not None and chunk > context:
+        raise ExportError(
+            f"A chunk of {chunk} tokens does not fit into the full-attention buffer of {context} positions. Choose "
+            f"--chunk of at most {context}, or a larger --context."
+        )
+    kind_of_layer = tuple(kinds.index(window) for window in config.layer_windows)
+    return ExportPlan(config, kinds, kind_of_layer, chunk, context, max_batch)

@@ -1,0 +1,123 @@
+"""Streams a checkpoint's parameters into the bundle's one safetensors file, and points the graph at it.
+
+At most one slice of a few megabytes is in memory at any time, whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from graph_passes.unbound import UnboundWeight
+from reference.checkpoint import Checkpoint
+from reference.weights import WeightSource
+from runtime.errors import CheckpointError, TraceError
+
+WEIGHTS_FILE = "weights.safetensors"
+_SLICE = 1 << 22
+"""Elements that are converted at once: 16 MB of float32."""
+
+_ALIGNMENT = 4096
+"""The data begin on a page, so that a mapping of the file needs no copy."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenWeights:
+    """Where each parameter lies in the weights file: absolute offset and length in bytes."""
+
+    offsets: Mapping[str, tuple[int, int]]
+    nbytes: int
+    sha256: str
+
+
+def weight_bytes(sources: Mapping[str, WeightSource]) -> int:
+    """Bytes of all parameters in float32."""
+    return sum(4 * math.prod(source.shape) for source in sources.values())
+
+
+def write_weights(
+    checkpoint: Checkpoint, sources: Mapping[str, WeightSource], path: Path, progress: Progress | None = None
+) -> WrittenWeights:
+    """Write every parameter as float32 into a safetensors file at `path`, in the order of `sources`.
+
+    Raises CheckpointError for a float64 value that float32 cannot hold, and OSError when the disk is full.
+    """
+    header, relative = _header(sources)
+    digest = hashlib.sha256(header)
+    total, done = weight_bytes(sources), 0
+    with path.open("wb") as file:
+        file.write(header)
+        for source in sources.values():
+            for block in _blocks(checkpoint, source):
+                data = block.numpy().tobytes()
+                digest.update(data)
+                file.write(data)
+                done += len(data)
+                if progress is not None:
+                    progress("writing weights", done, total)
+        nbytes = file.tell()
+    offsets = {name: (len(header) + begin, end - begin) for name, (begin, end) in relative.items()}
+    return WrittenWeights(offsets, nbytes, digest.hexdigest())
+
+
+def _header(sources: Mapping[str, WeightSource]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The safetensors header, padded with spaces, and each parameter's range behind it."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    ranges: dict[str, tuple[int, int]] = {}
+    begin = 0
+    for name, source in sources.items():
+        end = begin + 4 * math.prod(source.shape)
+        entries[name] = {"dtype": "F32", "shape": list(source.shape), "data_offsets": [begin, end]}
+        ranges[name] = (begin, end)
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, ranges
+
+
+def _blocks(checkpoint: Checkpoint, source: WeightSource) -> Iterator[torch.Tensor]:
+    """The parameter's elements in order, float32, a slice at a time."""
+    for piece in source.pieces:
+        stored = checkpoint.read(piece)
+        # Rows are cut out of each expert's matrix; without rows the tensor is one run of elements.
+        parts = stored.unbind(0) if source.rows is not None and stored.dim() > 2 else (stored,)
+        for part in parts:
+            rows = part[source.rows[0] : source.rows[1]] if source.rows is not None else part
+            flat = rows.reshape(-1)
+            for start in range(0, flat.numel(), _SLICE):
+                block = flat[start : start + _SLICE].to(torch.float32)
+                if stored.dtype == torch.float64 and not bool(block.isfinite().all()):
+                    raise CheckpointError(
+                        f"{checkpoint.path} holds {piece} with values that float32 cannot hold. There is no engine "
+                        "in float64; check that the checkpoint is not damaged."
+                    )
+                yield block
+
+
+def bind_weights(model: ir.Model, written: WrittenWeights, folder: Path) -> None:
+    """Point every unbound weight of `model` at its place in the weights file.
+
+    Raises TraceError when the graph and the file do not name exactly the same parameters.
+    """
+    unbound = {name: v for name, v in model.graph.initializers.items() if isinstance(v.const_value, UnboundWeight)}
+    if unbound.keys() != written.offsets.keys():
+        odd = sorted(unbound.keys() ^ written.offsets.keys())
+        raise TraceError(f"The graph and the checkpoint do not have the same parameters; {len(odd)} differ: {odd[:5]}.")
+    for name, value in unbound.items():
+        weight = value.const_value
+        assert weight is not None
+        offset, length = written.offsets[name]
+        if length != weight.nbytes:
+            raise TraceError(f"{name} has {weight.nbytes} bytes in the graph and {length} in the weights file.")
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, offset, length, weight.dtype, shape=ir.Shape(list(weight.shape)), name=name, base_dir=folder
+        )

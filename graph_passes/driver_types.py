@@ -1,0 +1,71 @@
+"""What passes between matchers, driver, prover and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from graph_passes.graph import scope
+from graph_passes.ops.base import Attributes, PluginOp
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A place where a rule applies: everything that the rewrite needs, found without changing the graph.
+
+    anchor: the node that the matcher started from; the new node takes its place.
+    inputs, outputs: existing values, in the order of the op's.
+    """
+
+    rule: str
+    op: PluginOp
+    anchor: ir.Node
+    inputs: tuple[ir.Value, ...]
+    attributes: Attributes
+    outputs: tuple[ir.Value, ...]
+
+    @property
+    def place(self) -> str:
+        """Rule and module path, for messages."""
+        return f"{self.rule} in {scope(self.anchor) or 'the model'} (at {self.anchor.op_type} {self.anchor.name!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A fusion. `match` raises `Refusal` where the anchor does not turn out to be the pattern.
+
+    anchors: (domain, op_type) of the nodes that a match can start from.
+    """
+
+    name: str
+    op: PluginOp
+    anchors: frozenset[tuple[str, str]]
+    match: Callable[[ir.Model, ir.Node], Match]
+
+
+@dataclass(frozen=True, slots=True)
+class FusionRecord:
+    """One rewrite that happened.
+
+    replaced: names of the nodes that the region computed with and that nothing else needed.
+    error: largest relative difference found by the proof, or None when the proof was switched off.
+    """
+
+    rule: str
+    op: str
+    scope: str
+    node: str
+    replaced: tuple[str, ...]
+    attributes: Attributes
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalRecord:
+    """One anchor at which a rule did not apply, and why."""
+
+    rule: str
+    scope: str
+    reason: str

@@ -1,0 +1,25 @@
+"""The plugin ops, by name. A new one is a file beside these and a line here."""
+
+from __future__ import annotations
+
+from graph_passes.ops.base import DOMAIN, OPSET, VERSION, PluginOp
+from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
+from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
+from graph_passes.ops.moe_gate import MOE_GATE
+from graph_passes.ops.rolling_kv import ROLLING_KV_WRITE
+from graph_passes.ops.rotary_embedding import ROTARY_EMBEDDING
+from graph_passes.ops.sliding_window_attention import SLIDING_WINDOW_ATTENTION
+
+OPS: dict[str, PluginOp] = {
+    op.name: op
+    for op in (
+        ROTARY_EMBEDDING,
+        ROLLING_KV_WRITE,
+        GROUPED_QUERY_ATTENTION,
+        SLIDING_WINDOW_ATTENTION,
+        MOE_GATE,
+        MIXTURE_OF_EXPERTS,
+    )
+}
+
+__all__ = ["DOMAIN", "OPS", "OPSET", "VERSION", "PluginOp"]

@@ -1,0 +1,75 @@
+"""What a plugin op is: a name, a function body of standard operators, and inputs that seek its boundaries.
+
+All of them live in the domain `cierzo`, version 1. A backend may register a kernel or plugin under the same name;
+where none is registered the body runs, and so every bundle runs on any ONNX runtime of opset 24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+from graph_passes.graph import Dim
+
+DOMAIN = "cierzo"
+VERSION = 1
+OPSET = 24
+
+Attributes = Mapping[str, int | float | str]
+Arrays = tuple[npt.NDArray[Any], ...]
+Shapes = Sequence[tuple[Dim, ...]]
+Examples = Callable[[np.random.Generator, Attributes, Shapes], Iterator[Arrays]]
+
+
+@dataclass(frozen=True, slots=True)
+class PluginOp:
+    """One operator of the domain `cierzo`.
+
+    inputs, outputs: names that carry shapes, in order.
+    attributes: name to ONNX type word ("int", "float", "string").
+    body: the statements of the function body in ONNX's text format, given the attributes.
+    examples: tuples of input arrays on which two implementations must agree; they sit on the op's boundaries, and
+        they may be smaller than the shapes of the node to be proved where the op does not care about a size.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, str]
+    body: Callable[[Attributes], str]
+    examples: Examples
+
+    def function(self, attributes: Attributes) -> ir.Function:
+        """The function body for these attributes, opset 24."""
+        declared = ", ".join(f"{name}: {kind}" for name, kind in self.attributes.items())
+        text = (
+            f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+            f"{self.name} {f'<{declared}>' if declared else ''} ({', '.join(self.inputs)}) => ({', '.join(self.outputs)})\n"
+            f"{{\n{self.body(attributes)}\n}}\n"
+        )
+        return ir.from_proto(onnx.parser.parse_function(text))
+
+    def node(self, inputs: Sequence[ir.Value], attributes: Attributes, outputs: Sequence[ir.Value]) -> ir.Node:
+        """A node of this op, marked so that TensorRT's parser looks for a plugin before it inlines the body."""
+        marks = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
+        return ir.node(self.name, inputs, {**attributes, **marks}, domain=DOMAIN, outputs=outputs)
+
+
+def declare(model: ir.Model, function: ir.Function) -> None:
+    """Carry `function` in `model`; an equal one may already be there."""
+    model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = VERSION
+    model.graph.opset_imports[DOMAIN] = VERSION
+
+
+def static(shape: tuple[Dim, ...], axis: int, otherwise: int) -> int:
+    """The fixed extent of `axis`, or `otherwise` where the node leaves it open."""
+    extent = shape[axis]
+    return extent if isinstance(extent, int) else otherwise

@@ -1,0 +1,47 @@
+"""MoEGate: which experts a token goes to, and with what weights (Jiang et al. 2024, arXiv:2401.04088)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from graph_passes.ops.base import Arrays, Attributes, PluginOp, Shapes, static
+
+
+def _body(attributes: Attributes) -> str:
+    return """
+    axis_1 = Constant <value_ints = [1]> ()
+    top_k = Constant <value_int: int = @top_k> ()
+    top_k_1 = Reshape (top_k, axis_1)
+    probability_NE = Softmax <axis = -1> (logits_NE)
+    best_NK, expert_NK = TopK <axis = -1> (probability_NE, top_k_1)
+    total_N1 = ReduceSum (best_NK, axis_1)
+    weight_NK = Div (best_NK, total_N1)
+    """
+
+
+def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    """Spread logits, nearly equal ones, exact ties (the lower expert wins), and one expert far ahead."""
+    E = static(shapes[0], 1, 8)
+    spread = 3 * rng.standard_normal((5, E), dtype=np.float32)
+    close = 1 + 1e-3 * rng.standard_normal((5, E), dtype=np.float32)
+    tied = rng.integers(0, 2, (5, E)).astype(np.float32)
+    lone = np.where(np.arange(E) == rng.integers(0, E, (5, 1)), np.float32(30), np.float32(0))
+    for logits in (spread, close, tied, lone.astype(np.float32)):
+        yield (logits,)
+
+
+MOE_GATE = PluginOp(
+    name="MoEGate",
+    inputs=("logits_NE",),
+    outputs=("weight_NK", "expert_NK"),
+    attributes={"top_k": "int"},
+    body=_body,
+    examples=_examples,
+)
+"""Router logits [N, E] to weights [N, K] that sum to one, and expert numbers int64 [N, K], best first.
+
+Softmax over all experts, the K best, renormalised, which equals softmax over the K best logits. Ties go to the lower
+expert number.
+"""

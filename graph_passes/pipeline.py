@@ -1,0 +1,121 @@
+"""The passes in their order, each with the reason for its place, and the report of what they did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graph_passes.canonical import canonicalise
+from graph_passes.driver import apply
+from graph_passes.driver_types import FusionRecord, RefusalRecord, Rule
+from graph_passes.dump import dump
+from graph_passes.fuse import gqa, moe, moe_gate, rolling_kv, rope, sliding_window
+from runtime.errors import FusionError
+
+PIPELINE: tuple[tuple[Rule, str], ...] = (
+    (rope.RULE, "first, since it needs nothing of the others and takes the most nodes out of their way"),
+    (rolling_kv.RULE, "before attention, so that keys and values come from a named ring and not from a scatter"),
+    (gqa.RULE, "turns attention into one node with an explicit mask"),
+    (sliding_window.RULE, "needs the node that gqa made, and lets the mask die"),
+    (moe_gate.RULE, "before the experts, which read its weights and expert numbers"),
+    (moe.RULE, "last: the widest region, once everything in it has its final form"),
+)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One pass: node counts around it and its seconds."""
+
+    name: str
+    reason: str
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineReport:
+    """What the pipeline did to the template. `counts` is by rule; `refusals` are anchors that did not match, and why."""
+
+    passes: tuple[PassRecord, ...]
+    fusions: tuple[FusionRecord, ...]
+    refusals: tuple[RefusalRecord, ...]
+    counts: Mapping[str, int]
+    proved: bool
+
+    @property
+    def largest_error(self) -> float | None:
+        """The largest proof error, None when nothing was proved."""
+        return max((f.error for f in self.fusions if f.error is not None), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the manifest; without seconds, so that equal inputs give equal files."""
+        passes = [{k: v for k, v in asdict(p).items() if k != "seconds"} for p in self.passes]
+        return {
+            "proved": self.proved,
+            "largest_error": self.largest_error,
+            "counts": dict(self.counts),
+            "passes": passes,
+            "fusions": [{**asdict(f), "attributes": dict(f.attributes)} for f in self.fusions],
+        }
+
+
+def run(
+    model: ir.Model,
+    expected: Mapping[str, int],
+    *,
+    proving: bool = True,
+    dump_folder: Path | None = None,
+    progress: Progress | None = None,
+) -> PipelineReport:
+    """Canonicalise and fuse `model` in place.
+
+    expected: how often each rule must fire, by rule name; a rule that is not named must not fire. Too few or too many
+    is a FusionError that carries the matchers' reasons. Raises ProofError when a rewrite changes the numbers.
+    """
+    passes: list[PassRecord] = []
+    fusions: list[FusionRecord] = []
+    refusals: list[RefusalRecord] = []
+    steps = len(PIPELINE) + 1
+
+    def record(name: str, reason: str, work: Callable[[], None]) -> None:
+        before, began = len(model.graph), time.perf_counter()
+        work()
+        passes.append(PassRecord(name, reason, before, len(model.graph), time.perf_counter() - began))
+        if dump_folder is not None:
+            dump(model, dump_folder / f"{len(passes):02d}_{name}.onnx")
+        if progress is not None:
+            progress("fusing", len(passes), steps)
+
+    if dump_folder is not None:
+        dump(model, dump_folder / "00_traced.onnx")
+    record("canonicalise", "one spelling for every computation, before anything is matched", lambda: canonicalise(model))
+    for rule, reason in PIPELINE:
+
+        def fuse(rule: Rule = rule) -> None:
+            done, refused = apply(model, rule, proving=proving)
+            _hold_to(rule.name, len(done), expected.get(rule.name, 0), refused)
+            fusions.extend(done)
+            refusals.extend(refused)
+
+        record(rule.name, reason, fuse)
+    counts = {rule.name: sum(f.rule == rule.name for f in fusions) for rule, _ in PIPELINE}
+    return PipelineReport(tuple(passes), tuple(fusions), tuple(refusals), counts, proving)
+
+
+def _hold_to(rule: str, found: int, expected: int, refused: list[RefusalRecord]) -> None:
+    if found == expected:
+        return
+    shown = "; ".join(f"{r.scope or 'model'}: {r.reason}" for r in refused[:4]) or "no node looked like it"
+    raise FusionError(
+        f"The fusion {rule!r} fired {found} times in the traced template where {expected} are due. Refused: {shown}. "
+        "An unfused graph would be slow or, past the window, wrong, so nothing was written. Pass --dump-passes DIR to "
+        "see the graph before and after each pass."
+    )

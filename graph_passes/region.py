@@ -1,0 +1,113 @@
+"""Runs a piece of a graph: the means by which masks are probed and rewrites are proved."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+
+from graph_passes.graph import Refusal, dims
+from graph_passes.ops.base import DOMAIN
+from graph_passes.unbound import is_unbound
+
+IR_VERSION = 11
+"""The ONNX IR version of opset 24; older runtimes refuse a newer one."""
+
+
+def run_options() -> onnxruntime.SessionOptions:
+    """Nothing optimised, one thread: what is run is what is written, in a fixed order."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    return options
+
+
+class Region:
+    """The nodes between `inputs` and `outputs`, as a model of their own.
+
+    Graph inputs that the nodes ask only for a shape (`Shape(input_ids)`) are fed with zeros of the extents that the
+    symbolic dims of the other inputs imply. Raises Refusal when the nodes need data from outside `inputs`.
+    """
+
+    def __init__(self, model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
+        self.inputs = tuple(inputs)
+        self._shape_only = _shape_only_inputs(self.inputs, outputs)
+        graph = ir.convenience.extract(model.graph, [*self.inputs, *self._shape_only], list(outputs))
+        for value in graph.inputs:
+            value.const_value = None  # a weight that became an input is fed like any other
+        for name in [name for name, value in graph.initializers.items() if value in graph.inputs]:
+            graph.initializers.pop(name)
+        for value in (v for node in graph for v in node.outputs):
+            value.shape = None  # sizes may differ from the traced ones; ONNX Runtime works them out again
+        for value in graph.outputs:
+            value.shape = None
+        for value in graph.inputs:
+            value.shape = ir.Shape([None] * len(value.shape or ()))
+        functions = [f for f in model.functions.values() if f.domain == DOMAIN]
+        piece = ir.Model(graph, ir_version=IR_VERSION, functions=functions)
+        self._session = session(piece)
+
+    def run(
+        self, arrays: Sequence[npt.NDArray[Any]], extents: Mapping[str, int] | None = None
+    ) -> list[npt.NDArray[Any]]:
+        """The outputs for one array for each input; `extents` gives symbolic dims that no input shows."""
+        extents = dict(extents or {})
+        for value, array in zip(self.inputs, arrays, strict=True):
+            _bind_dims(value, array.shape, extents)
+        feeds = {str(v.name): a for v, a in zip(self.inputs, arrays, strict=True)}
+        for value in self._shape_only:
+            shape = [d if isinstance(d, int) else extents.get(d, 1) for d in dims(value)]
+            dtype = value.dtype.numpy() if value.dtype is not None else np.float32
+            feeds[str(value.name)] = np.zeros(shape, dtype)
+        return list(self._session.run(None, feeds))
+
+
+def session(model: ir.Model) -> onnxruntime.InferenceSession:
+    """An unoptimised CPU session of a small model."""
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), run_options(), providers=["CPUExecutionProvider"]
+    )
+
+
+def _shape_only_inputs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> list[ir.Value]:
+    """Graph inputs behind `outputs` that are reached past Shape alone."""
+    borders, seen, found = set(inputs), set(), []
+    stack = [(value, False) for value in outputs]
+    while stack:
+        value, through_shape = stack.pop()
+        if value in borders or (value, through_shape) in seen:
+            continue
+        seen.add((value, through_shape))
+        node = value.producer()
+        if node is not None:
+            asks_shape = node.domain == "" and node.op_type == "Shape"
+            stack.extend((v, asks_shape) for v in node.inputs if v is not None)
+        elif value.const_value is None or is_unbound(value):
+            if not through_shape:
+                raise Refusal(f"the region also needs the data of {value.name!r}", None)
+            if value not in found:
+                found.append(value)
+    return found
+
+
+def _bind_dims(value: ir.Value, shape: tuple[int, ...], extents: dict[str, int]) -> None:
+    """Learn what symbolic dims stand for; two inputs that disagree are a mistake of the caller.
+
+    A product such as B*T whose factors are unknown is taken as all tokens in the first factor: any split is as good.
+    """
+    for dim, extent in zip(dims(value), shape, strict=True):
+        if not isinstance(dim, str) or not re.fullmatch(r"\w+(\*\w+)*", dim):
+            continue
+        factors = dim.split("*")
+        for index, factor in enumerate(factors):
+            extents.setdefault(factor, extent if index == 0 else 1)
+        implied = math.prod(extents[factor] for factor in factors)
+        if implied != extent:
+            raise ValueError(f"{value.name}: {dim} is {extent} here and {implied} by the other inputs")

@@ -1,0 +1,52 @@
+"""The table of backends. A backend's module, and the library behind it, are imported only when it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from runtime.backends.base import Backend, Capabilities, Engine
+from runtime.bundle import Bundle
+from runtime.errors import BackendError
+
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "runtime.backends.onnxruntime",
+}
+"""Name -> module. The first one is the default."""
+
+
+def open_engine(bundle: Bundle, *, backend: str | None, device: str | None, threads: int | None) -> Engine:
+    """Open `bundle` with the backend and device named (None: the first of the table, the backend's first device).
+
+    Raises BackendError, naming what is available, for an unknown backend or device, for a backend whose library is
+    not installed, and for a bundle that the backend cannot run exactly.
+    """
+    name = next(iter(BACKENDS)) if backend is None else backend
+    if name not in BACKENDS:
+        raise BackendError(f"There is no backend {name!r}. Available: {', '.join(BACKENDS)}.")
+    try:
+        module = cast(Backend, importlib.import_module(BACKENDS[name]))
+    except ImportError as error:
+        raise BackendError(f"The backend {name} cannot be used, install what it needs: {error}.") from error
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise BackendError(f"`threads` must be a positive integer or None (one per physical core), not {threads!r}.")
+    return module.open_engine(bundle, device=_supported_device(module.CAPABILITIES, bundle, device), threads=threads)
+
+
+def _supported_device(capabilities: Capabilities, bundle: Bundle, device: str | None) -> str:
+    chosen = capabilities.devices[0] if device is None else device
+    if chosen not in capabilities.devices:
+        raise BackendError(
+            f"The backend {capabilities.name} has no device {chosen!r}. Available: {', '.join(capabilities.devices)}."
+        )
+    manifest = bundle.manifest
+    for what, dtype, supported in (
+        ("KV buffers", manifest.kv.dtype, capabilities.kv_dtypes),
+        ("weights", manifest.weights.dtype, capabilities.weight_dtypes),
+    ):
+        if dtype not in supported:
+            raise BackendError(
+                f"The bundle {bundle.path} has {dtype} {what}, but the backend {capabilities.name} runs only "
+                f"{', '.join(supported)}. Export the checkpoint again with one of these, or choose another backend."
+            )
+    return chosen

@@ -1,0 +1,217 @@
+"""A loaded bundle: feed tokens, read logits, generate.
+
+Letters: B batch rows, T tokens of a feed, V vocabulary, C chunk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import generate as generation
+from runtime.backends import open_engine
+from runtime.backends.base import Engine
+from runtime.bundle import Bundle, read_bundle
+from runtime.chunking import Int64Array, split_into_steps
+from runtime.errors import ContextError, InputError, SessionError, TokenizerError
+from runtime.manifest import Manifest
+from runtime.sampling import BoolArray, SamplingOptions
+from runtime.token_rows import TokenIds, as_rows
+from runtime.tokenizer import Tokenizer
+
+MAX_POSITION = 2**24
+"""First position that RoPE in float32 cannot tell from its neighbours: float32 holds integers exactly up to 2**24."""
+
+
+def load(
+    bundle: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    verify: bool = False,
+) -> Session:
+    """Load the bundle in a folder.
+
+    backend, device: None takes the defaults (`onnxruntime`, `cpu`). threads: None takes one per physical core.
+    verify: also compare every file's SHA-256 with the manifest.
+
+    Raises BundleError (see read_bundle) and BackendError (see runtime.backends.open_engine).
+    """
+    opened = read_bundle(bundle, verify=verify)
+    return Session(opened, open_engine(opened, backend=backend, device=device, threads=threads))
+
+
+class Session:
+    """A model with its rolling KV state. Every row of the batch has its own position. Not safe across threads.
+
+    The number of rows B is fixed by the first feed after a reset. Memory does not depend on the number of tokens.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self._bundle = bundle
+        self._engine = engine
+        self._tokenizer: Tokenizer | None = None
+        self._failed = False
+        self._start_over(engine.batch)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._bundle.manifest
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, read at first use. Raises TokenizerError when the bundle has none."""
+        if self._tokenizer is None:
+            if not self.manifest.tokenizer:
+                raise TokenizerError(
+                    f"The bundle {self._bundle.path} has no tokenizer, because its checkpoint had no tokenizer.json. "
+                    "Feed token ids instead of text, or add the file to the checkpoint and export again."
+                )
+            self._tokenizer = Tokenizer.from_files([self._bundle.file(name) for name in self.manifest.tokenizer])
+        return self._tokenizer
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes held for the KV buffers: constant in the number of tokens, proportional to the rows (1 at first)."""
+        return self._engine.kv_bytes
+
+    @property
+    def batch(self) -> int:
+        """Rows that the KV buffers hold."""
+        return self._engine.batch
+
+    @property
+    def position(self) -> Int64Array:
+        """int64 [B]: how many tokens each row has read since the last reset."""
+        return self._position_B.copy()
+
+    @property
+    def seen(self) -> BoolArray:
+        """bool [B, V]: the ids that each row has read since the last reset (what a repetition penalty applies to)."""
+        return self._seen_BV.copy()
+
+    def reset(self) -> None:
+        """Back to position 0 with zeroed buffers, also after a failure."""
+        self._engine.clear()
+        self._failed = False
+        self._start_over(self._engine.batch)
+
+    def forward(self, token_ids: TokenIds, *, padding: Literal["right", "left"] = "right") -> NDArray[np.float32]:
+        """Feed tokens and return the logits after each of them; the state rolls on.
+
+        token_ids: int64 [B, T], [T] (one row) or a list of rows of different lengths, T >= 1. Any division of a text
+        into feeds gives the same logits up to rounding. An empty row idles, except in the first feed after a reset.
+        padding: on which side of the result shorter rows are padded.
+
+        Returns float32 [B, T of the longest row, V]; logits of padding are NaN, so that nobody uses them by mistake.
+        Raises InputError for what `as_rows` refuses, for a change of batch in mid-text and for more rows than the
+        bundle was exported for, ContextError for feeds past a full-attention buffer or past position 2**24; in all
+        these cases the state is as before. Raises SessionError after a failed feed, until `reset`.
+        """
+        if padding not in ("right", "left"):
+            raise InputError(f"`padding` must be 'right' or 'left', not {padding!r}.")
+        rows = self.checked_rows(token_ids)
+        width = max(row.size for row in rows)
+        logits_BTV = np.full((len(rows), width, self.manifest.model.vocab_size), np.nan, dtype=np.float32)
+        for offset, counts_B, step_logits_BTV in self._feed(rows):
+            for index, count in enumerate(counts_B):
+                first = offset + (width - rows[index].size if padding == "left" else 0)
+                logits_BTV[index, first : first + count] = step_logits_BTV[index, :count]
+        return logits_BTV
+
+    def forward_last(self, token_ids: TokenIds) -> NDArray[np.float32]:
+        """As `forward`, but only the logits after the last token of each row are kept: float32 [B, V].
+
+        A long prompt's logits would otherwise take T · V · 4 bytes. The logits of a row that idles are NaN.
+        """
+        rows = self.checked_rows(token_ids)
+        logits_BV = np.full((len(rows), self.manifest.model.vocab_size), np.nan, dtype=np.float32)
+        for _, counts_B, step_logits_BTV in self._feed(rows):
+            for index in np.flatnonzero(counts_B):
+                logits_BV[index] = step_logits_BTV[index, counts_B[index] - 1]
+        return logits_BV
+
+    def generate(self, prompt_ids: TokenIds, **options: Any) -> Iterator[int]:
+        """Feed one prompt and yield the ids that follow it, one by one.
+
+        options: the fields of SamplingOptions. Generation continues from the current state: a fresh or reset session
+        starts at position 0, otherwise the prompt continues what was fed before. A stop id is the last id yielded.
+        The last id yielded has not been fed: to go on, begin the next prompt with it.
+
+        Raises InputError and ContextError at the call, before anything is fed.
+        """
+        return generation.generate(self, prompt_ids, SamplingOptions(**options))
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        """Generate after several prompts of any lengths at once; returns the new ids of each row.
+
+        Each row gets the ids that `generate` would give it alone (with seed + r for row r), except where two tokens
+        are so nearly tied that rounding decides. Finished rows idle. State, options and errors as in `generate`.
+        """
+        return generation.generate_batch(self, prompts, SamplingOptions(**options))
+
+    def checked_rows(self, token_ids: TokenIds, *, new_tokens: int = 0) -> list[Int64Array]:
+        """The rows of a feed that may run now and be followed by `new_tokens` more; raises as `forward` does."""
+        if self._failed:
+            raise SessionError("An earlier feed failed half-way, so the state is unknown. Call reset() to start again.")
+        kv = self.manifest.kv
+        rows = as_rows(token_ids, self.manifest.model.vocab_size)
+        if len(rows) > kv.max_batch:
+            raise InputError(
+                f"The batch has {len(rows)} rows, but the bundle was exported for at most {kv.max_batch}. "
+                f"Export the checkpoint again with max_batch={len(rows)}, or feed fewer rows."
+            )
+        begun = bool(self._position_B.any())
+        if begun and len(rows) != self.batch:
+            raise InputError(
+                f"The batch has {len(rows)} rows, but this session is in the middle of {self.batch}. Feed "
+                f"{self.batch} rows (an empty row idles), or call reset() first."
+            )
+        if not begun:
+            for index, row in enumerate(rows):
+                if row.size == 0:
+                    raise InputError(f"Row {index} is an empty prompt: its first feed needs at least one token id.")
+        # Checked for the whole feed before any step runs: a refusal leaves the state as it was.
+        for index, row in enumerate(rows):
+            position = int(self._position_B[index]) if begun else 0
+            self._check_end(index, position, row.size, new_tokens if row.size else 0)
+        return rows
+
+    def _check_end(self, row: int, position: int, fed: int, new_tokens: int) -> None:
+        context, end = self.manifest.kv.context, position + fed + new_tokens
+        wanted = f"{fed} more" + (f" and then {new_tokens} generated ones" if new_tokens else "")
+        if context is not None and end > context:
+            raise ContextError(
+                f"Row {row} holds {position} tokens and {wanted} would make {end}, but the full-attention layers of "
+                f"this bundle have room for {context}. Feed or generate fewer tokens, call reset(), or export the "
+                f"checkpoint again with context={end}."
+            )
+        if end > MAX_POSITION:
+            raise ContextError(
+                f"Row {row} holds {position} tokens and {wanted} would make {end}, but positions from {MAX_POSITION} "
+                "on cannot be told apart by rotary embeddings in float32. Call reset() and start a new text."
+            )
+
+    def _feed(self, rows: list[Int64Array]) -> Iterator[tuple[int, Int64Array, NDArray[np.float32]]]:
+        """Run the steps of a checked feed; yields (offset, counts [B], logits [B, T, V], valid until the next)."""
+        if len(rows) != self.batch:
+            self._engine.allocate(len(rows))
+            self._start_over(len(rows))
+        self._failed = True  # until the feed is complete, the ring holds part of it
+        for step in split_into_steps(rows, self._position_B.copy(), self.manifest.kv.chunk):
+            logits_BTV = self._engine.step(step.input_ids_BT, step.start_positions_B, step.token_counts_B)
+            yield step.offset, step.token_counts_B, logits_BTV
+        for index, row in enumerate(rows):
+            self._position_B[index] += row.size
+            self._seen_BV[index, row] = True
+        self._failed = False
+
+    def _start_over(self, batch: int) -> None:
+        self._position_B = np.zeros(batch, dtype=np.int64)
+        self._seen_BV = np.zeros((batch, self.manifest.model.vocab_size), dtype=bool)

@@ -1,0 +1,203 @@
+"""Binding checkpoint tensors to parameters: every layout, nothing missing, nothing left over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reference.checkpoint import SINGLE_FILE, open_checkpoint
+from reference.weights import bind, load_parameter, parameter_shapes
+from runtime.errors import CheckpointError
+from tests.support.checkpoints import load_oracle, make_checkpoint
+
+
+def replace_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Rewrite the single file with tensors added, exchanged, or (None) left out."""
+    tensors = load_file(folder / SINGLE_FILE) | {name: t for name, t in changes.items() if t is not None}
+    kept = {name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}
+    save_file(kept, folder / SINGLE_FILE, metadata={"format": "pt"})
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def refusal(folder: Path) -> str:
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(CheckpointError) as caught:
+        bind(checkpoint)
+    return str(caught.value)
+
+
+def ours(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(folder)
+    return {name: load_parameter(checkpoint, source, dtype) for name, source in bind(checkpoint).items()}
+
+
+def theirs(folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters that transformers loads from the folder, under the names of the reference model."""
+    parameters: dict[str, torch.Tensor] = {}
+    for stored, tensor in load_oracle(folder).named_parameters():
+        name = stored.removeprefix("model.")
+        if name.endswith("mlp.experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            prefix = name.removesuffix("mlp.experts.gate_up_proj") + "moe."
+            parameters |= {prefix + "gate_proj": gate, prefix + "up_proj": up}
+        else:
+            name = name.replace("mlp.experts.down_proj", "moe.down_proj").replace(
+                "mlp.gate.weight", "moe.router.weight"
+            )
+            parameters[name] = tensor
+    return parameters
+
+
+CASES = [
+    {},
+    {"head_dim": 12, "num_kv_heads": 1},
+    {"tie": True},
+    {"shards": 4, "dtype": "bfloat16", "generation": "old"},
+    {"architecture": "ministral", "layer_windows": [5, None]},
+    {"architecture": "mixtral", "dtype": "float16"},
+    {"architecture": "mixtral", "num_experts": 8, "top_k": 3, "shards": 3},
+    {"architecture": "mixtral", "num_experts": 1, "top_k": 1},
+    {"architecture": "mixtral", "expert_layout": "stacked", "shards": 2},
+    {"architecture": "mixtral", "expert_layout": "stacked", "tie": True},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_parameter_is_that_of_transformers(tmp_path: Path, case: dict[str, object]) -> None:
+    folder = make_checkpoint(tmp_path, **case)  # type: ignore[arg-type]
+    loaded, expected = ours(folder), theirs(folder)
+    assert loaded.keys() == expected.keys()
+    assert list(loaded) == list(parameter_shapes(open_checkpoint(folder).config))
+    for name, tensor in loaded.items():
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_two_expert_layouts_give_equal_parameters(tmp_path: Path) -> None:
+    layouts = ("per_expert", "stacked")
+    folders = [make_checkpoint(tmp_path / layout, architecture="mixtral", expert_layout=layout) for layout in layouts]
+    assert any("experts.gate_up_proj" in name for name in open_checkpoint(folders[1]).tensors)
+    assert any("block_sparse_moe.experts.0.w1" in name for name in open_checkpoint(folders[0]).tensors)
+    one, other = (ours(folder) for folder in folders)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_shapes_of_the_sources(tmp_path: Path) -> None:
+    for layout in ("per_expert", "stacked"):
+        folder = make_checkpoint(tmp_path / layout, architecture="mixtral", expert_layout=layout, num_layers=1)
+        checkpoint = open_checkpoint(folder)
+        for name, source in bind(checkpoint).items():
+            assert source.parameter == name
+            assert load_parameter(checkpoint, source, torch.float32).shape == source.shape
+            assert all(checkpoint.tensors[piece].shape == source.piece_shape for piece in source.pieces)
+
+
+def test_a_tied_head_may_be_stored_too_or_alone(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, tie=True, num_layers=1)
+    embedding = load_file(folder / SINGLE_FILE)["model.embed_tokens.weight"]
+    replace_tensors(folder, {"lm_head.weight": embedding.clone()})
+    assert torch.equal(ours(folder)["embed_tokens.weight"], embedding)
+    assert "lm_head.weight" not in ours(folder)
+    replace_tensors(folder, {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": None})
+    assert torch.equal(ours(folder)["embed_tokens.weight"], embedding)
+
+
+@pytest.mark.parametrize("change", ["value", "dtype"])
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path, change: str) -> None:
+    folder = make_checkpoint(tmp_path, tie=True, num_layers=1)
+    head = load_file(folder / SINGLE_FILE)["model.embed_tokens.weight"].clone()
+    if change == "value":
+        head[-1, -1] += 1
+    else:
+        head = head.to(torch.bfloat16)
+    replace_tensors(folder, {"lm_head.weight": head})
+    assert "says tie_word_embeddings, but its lm_head.weight differs" in refusal(folder)
+
+
+def test_rotary_buffers_are_declared_unused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_layers=1)
+    buffers: dict[str, torch.Tensor | None] = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.rotary_emb.inv_freq": torch.ones(4),
+    }
+    replace_tensors(folder, buffers)
+    assert ours(folder).keys() == theirs(folder).keys()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model.norm.weight": None}, "lacks 1 tensor (model.norm.weight)"),
+        ({"lm_head.weight": None}, "lacks 1 tensor (lm_head.weight)"),
+        ({"model.more": torch.ones(1)}, "holds 1 tensor (model.more)"),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
+            "holds 1 tensor (model.layers.0.self_attn.q_proj.bias)",
+        ),
+        ({"model.norm.weight": torch.ones(31)}, "model.norm.weight is [31] instead of [32]"),
+        ({"model.norm.weight": torch.ones(1, 32)}, "model.norm.weight is [1, 32] instead of [32]"),
+        ({"model.norm.weight": torch.ones(32, dtype=torch.int8)}, "model.norm.weight (I8)) of a type"),
+        ({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}, "model.norm.weight (F8_E4M3)"),
+    ],
+)
+def test_missing_surplus_misshapen_and_packed(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], words: str
+) -> None:
+    folder = make_checkpoint(tmp_path, num_layers=1)
+    replace_tensors(folder, changes)
+    assert words in refusal(folder)
+
+
+def test_long_lists_are_cut_and_counted(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_layers=1)
+    edit_config(folder, num_hidden_layers=2)
+    message = refusal(folder)
+    assert "lacks 9 tensors (model.layers.1.input_layernorm.weight, " in message
+    assert message.count("model.layers.1.") == 5
+    assert "and 4 more" in message
+
+
+def test_a_config_with_fewer_layers_leaves_tensors_over(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_layers=2)
+    edit_config(folder, num_hidden_layers=1)
+    assert "holds 9 tensors" in refusal(folder)
+
+
+def test_missing_experts(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, architecture="mixtral", num_layers=1, num_experts=4)
+    edit_config(folder, num_local_experts=5)
+    assert "lacks 3 tensors (model.layers.0.block_sparse_moe.experts.4.w1.weight" in refusal(folder)
+
+
+def test_casts(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, architecture="mixtral", num_layers=1, dtype="bfloat16")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for name, tensor in ours(folder, dtype).items():
+            assert tensor.dtype == dtype
+            assert torch.equal(tensor, theirs(folder)[name].to(dtype)), name
+
+
+def test_a_whole_piece_of_the_right_type_is_not_copied(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, num_layers=1))
+    mapped = checkpoint.read("model.norm.weight")
+    loaded = load_parameter(checkpoint, bind(checkpoint)["norm.weight"], torch.float32)
+    assert loaded.data_ptr() == mapped.data_ptr()
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, num_layers=1)
+    replace_tensors(folder, {"model.norm.weight": torch.full((32,), 70000.0)})
+    checkpoint = open_checkpoint(folder)
+    source = bind(checkpoint)["norm.weight"]
+    with pytest.raises(CheckpointError, match=r"values up to 70000, and torch\.float16 ends at 65504"):
+        load_parameter(checkpoint, source, torch.float16)
+    assert load_parameter(checkpoint, source, torch.bfloat16).isfinite().all()
