@@ -79,7 +79,14 @@ def export(
     model, report = build_graph(
         plan, prove=prove, dump_folder=None if dump_passes is None else Path(dump_passes), progress=progress
     )
-    options = {"weights": weights, "chunk": plan.chunk, "max_batch": max_batch, "context": plan.context, "prove": prove}
+    options = {
+        "weights": weights,
+        "chunk": plan.chunk,
+        "max_batch": max_batch,
+        "context": plan.context,
+        "prove": prove,
+        "ignore_config_keys": sorted(ignore_config_keys),
+    }
     with bundle_folder(target) as folder:
         _write(folder, opened, sources, plan, model, report, options, progress)
     return target

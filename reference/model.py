@@ -18,6 +18,9 @@ from reference.norm import RMSNorm
 from reference.rope import RotaryAngles, rotate
 
 
+QUERIES_AT_ONCE = 512
+
+
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm. How they are joined is the subclass's: full context or ring."""
 
@@ -43,10 +46,15 @@ class ContextLayer(DecoderLayer):
         B, T = position_BT.shape
         query, key, value = self.self_attn.project(self.input_layernorm(x_NC), B, T)
         query, key = rotate(query, cos_BTd, sin_BTd), rotate(key, cos_BTd, sin_BTd)
-        visible = visible_pairs(position_BT, position_BT, self.window)
-        x_NC = x_NC + self.self_attn.combine(attend(query, key, value, visible, self.self_attn.scale))
+        blocks = []
+        for begin in range(0, T, QUERIES_AT_ONCE):  # scores of all pairs of a long row would not fit into memory
+            some = slice(begin, begin + QUERIES_AT_ONCE)
+            visible = visible_pairs(position_BT[:, some], position_BT, self.window)
+            blocks.append(attend(query[:, :, some], key, value, visible, self.self_attn.scale))
+        x_NC = x_NC + self.self_attn.combine(torch.cat(blocks, dim=2))
         feed_forward = self.moe if self.is_moe else self.mlp
-        return x_NC + feed_forward(self.post_attention_layernorm(x_NC))
+        out_NC: Tensor = x_NC + feed_forward(self.post_attention_layernorm(x_NC))
+        return out_NC
 
 
 class Decoder(nn.Module):

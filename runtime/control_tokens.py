@@ -81,9 +81,9 @@ def rename_control_tokens(tokenizer_json: Mapping[str, Any], control: ControlTok
     added = list(tokenizer_json.get("added_tokens") or ())
     # A token with a role that is only in the vocabulary: as transformers does, make it findable in a text.
     listed = {token["content"] for token in added}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added += [
-        {"id": i, "content": text, "special": True} | plain for text, i in control.ids.items() if text not in listed
+        {"id": i, "content": text, "special": True} | flags for text, i in control.ids.items() if text not in listed
     ]
     renamed["added_tokens"] = [
         {**token, "content": private.get(token["content"], token["content"])}

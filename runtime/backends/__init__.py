@@ -14,14 +14,16 @@ BACKENDS: dict[str, str] = {
 }
 """Name -> module. The first one is the default."""
 
+DEFAULT_BACKEND = next(iter(BACKENDS))
+
 
 def open_engine(bundle: Bundle, *, backend: str | None, device: str | None, threads: int | None) -> Engine:
-    """Open `bundle` with the backend and device named (None: the first of the table, the backend's first device).
+    """Open `bundle` with the backend and device named (None: the default one, the backend's first device).
 
     Raises BackendError, naming what is available, for an unknown backend or device, for a backend whose library is
     not installed, and for a bundle that the backend cannot run exactly.
     """
-    name = next(iter(BACKENDS)) if backend is None else backend
+    name = DEFAULT_BACKEND if backend is None else backend
     if name not in BACKENDS:
         raise BackendError(f"There is no backend {name!r}. Available: {', '.join(BACKENDS)}.")
     try:

@@ -164,7 +164,7 @@ for arguments in (["generate", {str(toy)!r}, "1 5 7", "--ids", "--threads", "1"]
         cli(arguments)
     except SystemExit as error:
         assert not error.code, error.code
-cli(["validate", {str(toy)!r}, {str(toy.parent)!r}])
+cli(["export", {str(toy.parent)!r}, {str(toy.parent / "out")!r}])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.startswith(words(TOY.greedy([1, 5, 7], 128)) + "\n"), done.stderr

@@ -1,0 +1,266 @@
+"""Holds a bundle's engine against the reference on the borders where engines go wrong.
+
+One row of random tokens is long enough for every border; attention is causal, so the truth of a shorter prompt is the
+beginning of the truth of the longer one. The reference reads whole rows in float64 and knows nothing of rings; the
+engine gets the same tokens as prompts of boundary lengths, in uneven pieces, and one at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.validation_report import Check, ValidationReport, render
+from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.parity import Budget, budget, position_errors
+from runtime import load
+from runtime.backends import DEFAULT_BACKEND
+from runtime.errors import CheckpointError, ParityError
+from runtime.session import Session
+
+__all__ = ["ValidationReport", "render", "validate"]
+
+LONGEST_PROBE = 8192
+"""A receptive field beyond this many tokens is not probed: the row would have to be longer still."""
+
+_ONE_AT_A_TIME = 96
+"""Tokens that are fed singly at most, at the end of the row, where every ring has wrapped."""
+
+Progress = Callable[[str, int, int], None]
+Row = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all checks of one validation share."""
+
+    session: Session
+    rows: tuple[Row, ...]
+    truth: tuple[Logits, ...]
+    budget: Budget
+    rng: np.random.Generator
+
+
+def validate(
+    bundle: str | Path,
+    checkpoint: str | Path | None = None,
+    *,
+    backend: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ValidationReport:
+    """Compare the engine of `bundle` with the reference model of `checkpoint` (default: the one it was made from).
+
+    Parity that fails is a report with `passed` False. Raises BundleError, CheckpointError and BackendError when the
+    comparison cannot be run at all, and ParityError when the two are not even the same model.
+    """
+    import torch
+
+    from reference.oracle import Oracle
+
+    session = load(bundle, backend=backend)
+    opened = _open(session, checkpoint)
+    rng = np.random.default_rng(seed)
+    rows = _rows(session, rng)
+    oracle = Oracle(opened)
+    truth = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], torch.float64, progress))
+    dtype = session.manifest.kv.dtype
+    own = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], getattr(torch, dtype), progress))
+    run = _Run(session, rows, truth, budget(truth, own, dtype), rng)
+    checks: list[Check] = []
+    steps = (_whole_prompts, _uneven_pieces, _one_at_a_time, _ragged_batch, _reset, _receptive_field, _memory)
+    for number, step in enumerate(steps, start=1):
+        checks.extend(step(run))
+        if progress is not None:
+            progress("checking the engine", number, len(steps))
+    session.reset()
+    errors = position_errors(truth[0], session.forward(rows[0])[0])
+    return ValidationReport(
+        bundle=str(bundle),
+        checkpoint=str(opened.path),
+        backend=backend or DEFAULT_BACKEND,
+        dtype=dtype,
+        seed=seed,
+        budget=run.budget.allowed,
+        reference_error=run.budget.reference_error,
+        largest_logit=run.budget.largest_logit,
+        reason=run.budget.tolerance.reason,
+        checks=tuple(checks),
+        position_errors=tuple(errors.tolist()),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy")},
+    )
+
+
+def _open(session: Session, checkpoint: str | Path | None) -> Checkpoint:
+    """The checkpoint to compare with; refuses one of another shape."""
+    recorded = session.manifest.provenance.get("checkpoint")
+    path = checkpoint if checkpoint is not None else recorded
+    if path is None or (checkpoint is None and not Path(str(path)).is_dir()):
+        raise CheckpointError(
+            f"The bundle was made from {recorded}, which is not there. Name the checkpoint: "
+            "cierzo validate BUNDLE CHECKPOINT."
+        )
+    options = session.manifest.provenance.get("options", {})
+    ignored = options.get("ignore_config_keys", ()) if isinstance(options, dict) else ()
+    opened = open_checkpoint(path, ignore_config_keys=ignored)
+    model, config = session.manifest.model, opened.config
+    for name in ("architecture", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+        ours, theirs = getattr(model, name), getattr(config, name)
+        if ours != theirs:
+            raise ParityError(
+                f"The bundle has {name} = {ours} and the checkpoint {path} has {theirs}: they are not the same model."
+            )
+    return opened
+
+
+def _windows(session: Session) -> list[int]:
+    return sorted({layer.window for layer in session.manifest.kv.layers if layer.window is not None})
+
+
+def _lengths(session: Session) -> list[int]:
+    """Prompt lengths on every border: W − 1, W, W + 1, 2W + 1, 3W + C for each window; C ± 1 and the context's end."""
+    kv = session.manifest.kv
+    lengths = {1, 2, kv.chunk - 1, kv.chunk, kv.chunk + 1, 2 * kv.chunk + 1}
+    for window in _windows(session):
+        lengths |= {window - 1, window, window + 1, 2 * window + 1, 3 * window + kv.chunk}
+    if kv.context is not None:
+        lengths |= {kv.context}
+        lengths = {min(length, kv.context) for length in lengths}
+    return sorted(length for length in lengths if length >= 1)
+
+
+def _rows(session: Session, rng: np.random.Generator) -> tuple[Row, ...]:
+    """A row of the longest border's length, and two shorter ones for the ragged batch."""
+    longest = _lengths(session)[-1]
+    vocabulary = session.manifest.model.vocab_size
+    sizes = (longest, max(1, longest // 2 + 1), max(1, longest // 5))
+    return tuple(rng.integers(0, vocabulary, size, dtype=np.int64) for size in sizes)
+
+
+def _compare(run: _Run, name: str, got: Logits, want: Logits, detail: str) -> Check:
+    errors = position_errors(want, got)
+    worst = float(errors.max())
+    if worst <= run.budget.allowed:
+        return Check(name, True, detail, worst)
+    first = int(np.argmax(errors > run.budget.allowed))
+    return Check(name, False, f"{detail}; over budget first at position {first}", worst)
+
+
+def _whole_prompts(run: _Run) -> Iterator[Check]:
+    for length in _lengths(run.session):
+        run.session.reset()
+        got = run.session.forward(run.rows[0][:length])[0]
+        yield _compare(run, f"prompt of {length}", got, run.truth[0][:length], "whole prompt, all positions")
+
+
+def _uneven_pieces(run: _Run) -> Iterator[Check]:
+    chunk = run.session.manifest.kv.chunk
+    row = run.rows[0]
+    run.session.reset()
+    pieces, at = [], 0
+    while at < len(row):
+        size = int(run.rng.choice([1, 2, max(1, chunk - 1), chunk, chunk + 1, int(run.rng.integers(1, 2 * chunk + 2))]))
+        pieces.append(run.session.forward(row[at : at + size])[0])
+        at += size
+    got = np.concatenate(pieces)
+    yield _compare(run, "uneven pieces", got, run.truth[0], f"{len(pieces)} feeds of random sizes around {chunk}")
+
+
+def _one_at_a_time(run: _Run) -> Iterator[Check]:
+    row = run.rows[0]
+    first = max(0, len(row) - _ONE_AT_A_TIME)
+    run.session.reset()
+    if first:
+        run.session.forward_last(row[:first])
+    got = np.concatenate([run.session.forward(row[at : at + 1])[0] for at in range(first, len(row))])
+    yield _compare(run, "one at a time", got, run.truth[0][first:], f"the last {len(row) - first} tokens singly")
+
+
+def _ragged_batch(run: _Run) -> Iterator[Check]:
+    name, count = "ragged batch", len(run.rows)
+    if run.session.manifest.kv.max_batch < count:
+        yield Check(name, None, f"the bundle was exported for {run.session.manifest.kv.max_batch} rows")
+        return
+    run.session.reset()
+    cut = [len(row) // 3 for row in run.rows]
+    cut[0] = max(1, cut[0])
+    heads = [row[: max(1, at)] for row, at in zip(run.rows, cut, strict=True)]
+    tails = [row[len(head) :] for row, head in zip(run.rows, heads, strict=True)]
+    first = run.session.forward([head.tolist() for head in heads])
+    second = run.session.forward([tail.tolist() for tail in tails]) if any(len(tail) for tail in tails) else None
+    for index, (head, tail, truth) in enumerate(zip(heads, tails, run.truth, strict=True)):
+        got = first[index, : len(head)]
+        if second is not None:
+            got = np.concatenate([got, second[index, : len(tail)]])
+        yield _compare(run, f"{name}, row {index}", got, truth, f"{len(truth)} tokens beside rows of other lengths")
+    run.session.reset()
+    run.session.forward_last(run.rows[0][:1])  # back to one row
+
+
+def _reset(run: _Run) -> Iterator[Check]:
+    row = run.rows[0]
+    run.session.reset()
+    before = run.session.forward(row)
+    run.session.reset()
+    same = bool(np.array_equal(before, run.session.forward(row)))
+    yield Check("reset", same, "the same tokens after a reset give the same bits" if same else "bits differ after a reset")
+
+
+def _receptive_field(run: _Run) -> Iterator[Check]:
+    """One token is changed: logits beyond its reach keep every bit, and the last ones within it move."""
+    layers = run.session.manifest.kv.layers
+    kv, vocabulary = run.session.manifest.kv, run.session.manifest.model.vocab_size
+    reach = None
+    if kv.context is None:
+        reach = sum(layer.window - 1 for layer in layers if layer.window is not None)
+    length = (reach if reach is not None else len(run.rows[0])) + kv.chunk + 2
+    if kv.context is not None:
+        length = min(length, kv.context)
+    if length > LONGEST_PROBE:
+        yield Check("receptive field", None, f"it is {length:,} tokens, more than the {LONGEST_PROBE:,} that are probed")
+        return
+    at = min(kv.chunk // 2, length - 1) if reach is not None else length // 2
+    row = run.rng.integers(0, vocabulary, length, dtype=np.int64)
+    other = row.copy()
+    other[at] = (other[at] + 1) % vocabulary
+    run.session.reset()
+    a = run.session.forward(row)[0]
+    run.session.reset()
+    b = run.session.forward(other)[0]
+    moved = (a != b).any(axis=-1)
+    past = not moved[:at].any()
+    yield Check("causality", past, f"changing token {at} moves no bit before it" if past else f"token {at} moved the past")
+    if reach is None:
+        return
+    beyond = np.flatnonzero(moved[at + reach + 1 :])
+    if len(beyond):
+        distance = int(beyond[-1]) + reach + 1
+        yield Check("receptive field", False, f"a token {distance} away moved a logit; {reach} is the farthest possible")
+    else:
+        yield Check("receptive field", True, f"a token more than L·(W − 1) = {reach} away moves no bit")
+    farthest = int(np.flatnonzero(moved)[-1]) - at if moved.any() else 0
+    inside = _windows(run.session)[0] - 1  # within one layer's own window a change cannot fade into rounding
+    seen = bool(moved[at : at + inside + 1].all())
+    yield Check(
+        "window is used",
+        seen,
+        f"a token up to {inside} away moves the logits; the farthest that did was {farthest} away"
+        if seen
+        else f"a token at most {inside} away moved nothing",
+    )
+
+
+def _memory(run: _Run) -> Iterator[Check]:
+    model, kv = run.session.manifest.model, run.session.manifest.kv
+    slots = sum(layer.capacity for layer in kv.layers)
+    itemsize = np.dtype(kv.dtype).itemsize
+    due = 2 * run.session.batch * model.num_kv_heads * model.head_dim * slots * itemsize
+    held = run.session.kv_bytes
+    detail = f"{held:,} bytes after {int(run.session.position.max()):,} tokens, as the formula says"
+    yield Check("KV memory", held == due, detail if held == due else f"{held:,} bytes are held and {due:,} are due")

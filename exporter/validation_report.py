@@ -1,0 +1,125 @@
+"""The outcome of a validation: figures, verdicts, and how a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was held against the reference.
+
+    passed: None when the check could not be run on this model; `detail` then says why. It counts for nothing.
+    error: largest absolute difference of a logit from the float64 truth, where that is what was measured.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReport:
+    """All checks of one run.
+
+    budget: largest absolute error that was allowed; reference_error: what the reference itself does in that dtype;
+    largest_logit: the scale of both. position_errors: largest |error| by position of the longest row.
+    """
+
+    bundle: str
+    checkpoint: str
+    backend: str
+    dtype: str
+    seed: int
+    budget: float
+    reference_error: float
+    largest_logit: float
+    reason: str
+    checks: tuple[Check, ...]
+    position_errors: tuple[float, ...]
+    versions: Mapping[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Every check that ran holds, and at least one compared logits."""
+        compared = any(check.error is not None for check in self.checks)
+        return compared and all(check.passed is not False for check in self.checks)
+
+    @property
+    def largest_error(self) -> float:
+        """Largest absolute error of a logit over all checks."""
+        return max((check.error for check in self.checks if check.error is not None), default=float("inf"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; errors that are not finite become null."""
+        return {
+            "passed": self.passed,
+            "bundle": self.bundle,
+            "checkpoint": self.checkpoint,
+            "backend": self.backend,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "budget": self.budget,
+            "reference_error": self.reference_error,
+            "largest_error": _finite(self.largest_error),
+            "largest_logit": self.largest_logit,
+            "reason": self.reason,
+            "checks": [
+                {
+                    "name": check.name,
+                    "status": _status(check),
+                    "detail": check.detail,
+                    "error": None if check.error is None else _finite(check.error),
+                }
+                for check in self.checks
+            ],
+            "position_errors": [_finite(error) for error in self.position_errors],
+            "versions": dict(self.versions),
+        }
+
+
+def _finite(number: float) -> float | None:
+    return number if abs(number) < float("inf") else None
+
+
+def _status(check: Check) -> str:
+    return "not run" if check.passed is None else "passed" if check.passed else "failed"
+
+
+_COLOURS = {"passed": "green", "failed": "bold red", "not run": "yellow"}
+
+
+def render(report: ValidationReport, console: Console) -> None:
+    """A table of the checks, the budget in words, and the verdict in the last line."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Engine against reference", title_justify="left", expand=False)
+    table.add_column("check", overflow="fold")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("max error", justify="right", no_wrap=True)
+    table.add_column("of budget", justify="right", no_wrap=True)
+    table.add_column("what was done", overflow="fold")
+    for check in report.checks:
+        error = "" if check.error is None else f"{check.error:.1e}"
+        share = "" if check.error is None else f"{100 * check.error / report.budget:.0f} %"
+        status = _status(check)
+        table.add_row(Text(check.name), Text(status, style=_COLOURS[status]), error, share, Text(check.detail))
+    console.print(table)
+    console.print(
+        f"Budget {report.budget:.2e}: the reference itself is off by {report.reference_error:.2e} in {report.dtype} "
+        f"against float64, on logits up to {report.largest_logit:.3g}.",
+        highlight=False,
+    )
+    ran = sum(check.passed is not None for check in report.checks)
+    failed = [check.name for check in report.checks if check.passed is False]
+    if report.passed:
+        console.print(f"[bold green]Parity holds[/]: {ran} checks on {report.backend}.", highlight=False)
+    else:
+        console.print(f"[bold red]Parity fails[/]: {', '.join(failed) or 'nothing was compared'}.", highlight=False)

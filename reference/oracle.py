@@ -1,0 +1,60 @@
+"""Runs the reference model over rows of tokens, one layer in memory at a time.
+
+The whole model in float64 would need eight bytes a parameter; this needs them for the largest layer only, and so a
+model can be validated on a machine that could never hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from reference.checkpoint import Checkpoint
+from reference.model import ContextLayer
+from reference.norm import RMSNorm
+from reference.rope import RotaryAngles
+from reference.weights import EMBEDDING, LM_HEAD, WeightSource, bind, load_parameter
+
+Progress = Callable[[str, int, int], None]
+
+
+class Oracle:
+    """Full-context logits of a checkpoint in a dtype of choice; float64 is taken as the truth."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._sources: Mapping[str, WeightSource] = bind(checkpoint)
+
+    @torch.no_grad()
+    def logits(
+        self, rows: Sequence[Sequence[int]], dtype: torch.dtype, progress: Progress | None = None
+    ) -> list[Tensor]:
+        """Logits [T, V] in `dtype` for each row of token ids, computed layer by layer over all rows."""
+        config = self._checkpoint.config
+        embedding = self._load(EMBEDDING, dtype)
+        hidden = [embedding[torch.tensor(list(row), dtype=torch.int64)] for row in rows]
+        positions = [torch.arange(len(row))[None] for row in rows]
+        rotary = RotaryAngles(config.rope, config.head_dim)
+        angles = [rotary(position, dtype) for position in positions]
+        for index in range(config.num_layers):
+            layer = ContextLayer(config, index, device="meta", dtype=dtype)
+            self._fill(layer, f"layers.{index}.", dtype)
+            hidden = [
+                layer(x_NC, position, *cos_sin)
+                for x_NC, position, cos_sin in zip(hidden, positions, angles, strict=True)
+            ]
+            if progress is not None:
+                progress(f"reference in {str(dtype).removeprefix('torch.')}", index + 1, config.num_layers)
+        norm = RMSNorm(config.hidden_size, config.norm_eps, device="meta", dtype=dtype)
+        self._fill(norm, "norm.", dtype)
+        head = embedding if config.tie_word_embeddings else self._load(LM_HEAD, dtype)
+        return [norm(x_NC) @ head.T for x_NC in hidden]
+
+    def _load(self, name: str, dtype: torch.dtype) -> Tensor:
+        return load_parameter(self._checkpoint, self._sources[name], dtype)
+
+    def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
+        state = {name: self._load(prefix + name, dtype) for name, _ in module.named_parameters()}
+        module.load_state_dict(state, assign=True)

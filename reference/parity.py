@@ -1,0 +1,82 @@
+"""How far an engine may be from the reference: the one table of tolerances, and the budget made from it.
+
+Truth is the reference in float64. An engine that computes in dtype d is held against the error that the reference
+itself makes in d on the same tokens, so that a model with large activations gets the room that its arithmetic needs
+and no other. Comparison is with teacher forcing: both sides read the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """One row of the table.
+
+    multiple: how many times the reference's own largest error the engine's largest may be.
+    floor: in units of eps · max|logit|: below this both errors are a handful of roundings and their ratio means nothing.
+    ceiling: relative to max|logit|, whatever the reference's own error is.
+    """
+
+    eps: float
+    multiple: float
+    floor: float
+    ceiling: float
+    reason: str
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "float32": Tolerance(
+        eps=float(np.finfo(np.float32).eps),
+        multiple=4.0,
+        floor=16.0,
+        ceiling=1e-4,
+        reason=(
+            "the engine adds in another order and rounds exp, cos and sin otherwise; over the boundary suite its error "
+            "is about that of the reference (median ratio near 1, largest below 2), while a window that is off by one "
+            "or a token in a wrong slot moves logits by more than 1e-2 of their range"
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Largest absolute error allowed for one run, and where it comes from."""
+
+    allowed: float
+    reference_error: float
+    largest_logit: float
+    tolerance: Tolerance
+
+
+def budget(truth: Sequence[Logits], reference: Sequence[Logits], dtype: str) -> Budget:
+    """The budget for an engine in `dtype`, from the reference's logits [T, V] in float64 and in that dtype."""
+    tolerance = TOLERANCES[dtype]
+    largest = max(float(np.abs(row).max()) for row in truth)
+    error = max(float(position_errors(a, b).max()) for a, b in zip(truth, reference, strict=True))
+    room = max(tolerance.multiple * error, tolerance.floor * tolerance.eps * largest)
+    return Budget(min(room, tolerance.ceiling * largest), error, largest, tolerance)
+
+
+def position_errors(truth_TV: Logits, logits_TV: Logits) -> npt.NDArray[np.float64]:
+    """Largest |difference| over the vocabulary at each position, float64 [T]; infinite where a logit is not finite."""
+    if truth_TV.shape != logits_TV.shape:
+        raise ValueError(f"logits of shape {logits_TV.shape} are held against {truth_TV.shape}")
+    gap = np.abs(truth_TV.astype(np.float64) - logits_TV.astype(np.float64)).max(axis=-1, initial=0.0)
+    return np.where(np.isfinite(gap), gap, np.inf)
+
+
+def perplexity(logits_TV: Logits, next_ids_T: npt.NDArray[np.int64]) -> float:
+    """exp of the mean negative log-likelihood of the tokens that followed (natural logarithm)."""
+    wide = logits_TV.astype(np.float64)
+    wide = wide - wide.max(axis=-1, keepdims=True)
+    log_sum = np.log(np.exp(wide).sum(axis=-1))
+    return float(np.exp(np.mean(log_sum - wide[np.arange(len(next_ids_T)), next_ids_T])))
