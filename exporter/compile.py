@@ -167,8 +167,8 @@ def _write(
     for file in checkpoint.tokenizer_files:
         shutil.copyfile(file, folder / file.name)
     tokenizer = [file.name for file in checkpoint.tokenizer_files]
-    files = {MODEL_FILE: file_entry(folder / MODEL_FILE), WEIGHTS_FILE: file_entry(folder / WEIGHTS_FILE, written.sha256)}
-    files |= {name: file_entry(folder / name) for name in tokenizer}
+    files = {name: file_entry(folder / name) for name in (MODEL_FILE, *tokenizer)}
+    files[WEIGHTS_FILE] = file_entry(folder / WEIGHTS_FILE, written.sha256)
     write_manifest(
         folder,
         {

@@ -65,7 +65,7 @@ def run_demo(
         outcomes = [_one(console, name, folder / name, progress) for name in models]
     _summary(console, outcomes)
     if keep is not None:
-        console.print(f"The bundles are in {keep}. Try: cierzo generate {keep / models[0]} \"{PROMPT}\"")
+        console.print(f'The bundles are in {keep}. Try: cierzo generate {keep / models[0]} "{PROMPT}"')
     failed = [outcome.name for outcome in outcomes if not outcome.report.passed]
     if failed:
         raise ParityError(f"The engine of {', '.join(failed)} does not agree with the reference; see the table above.")
@@ -118,9 +118,7 @@ def _generate(session: Session, tokens: int) -> tuple[str, float]:
     """`tokens` new tokens after PROMPT, story after story, and the rate."""
     session.reset()
     began = time.perf_counter()
-    stream = generate_text(
-        session, PROMPT, max_new_tokens=tokens, temperature=0.7, top_p=0.95, seed=SEED, stop_ids=()
-    )
+    stream = generate_text(session, PROMPT, max_new_tokens=tokens, temperature=0.7, top_p=0.95, seed=SEED, stop_ids=())
     text = PROMPT + "".join(stream)
     return text, tokens / (time.perf_counter() - began)
 

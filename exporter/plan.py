@@ -64,7 +64,7 @@ def make_plan(
     if None not in kinds and context is not None:
         raise ExportError(
             f"--context {context} was given, but every layer of this model slides over a window of at most "
-            f"{max(windows)} tokens: its memory does not depend on the context, which is unlimited. Leave --context away."
+            f"{max(windows)} tokens: its memory does not depend on the context, which has no end. Leave --context away."
         )
     if None in kinds:
         context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)

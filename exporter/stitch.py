@@ -69,7 +69,9 @@ class _Builder:
                 self._copy(node, self._shared, {})
         logits = self._shared[source.outputs[0]]
         self._graph.outputs.extend([logits, *presents])
-        functions = [function.clone() for function in self._template.functions.values()]
+        used = {node.op_identifier() for node in self._graph}
+        # A rule on the way to another leaves a body behind that no node calls. (Bodies do not call each other.)
+        functions = [body.clone() for name, body in self._template.functions.items() if name in used]
         return ir.Model(self._graph, ir_version=self._template.ir_version, functions=functions)
 
     def _owners(self) -> dict[ir.Node, int]:
@@ -125,8 +127,11 @@ class _Builder:
     def _is_hidden(self, value: ir.Value) -> bool:
         """Float [N, C]: what runs from layer to layer, in contrast to angles, shapes and positions."""
         shape = value.shape
-        return shape is not None and len(shape) == 2 and shape[1] == self._plan.config.hidden_size and (
-            value.dtype == ir.DataType.FLOAT
+        return (
+            shape is not None
+            and len(shape) == 2
+            and shape[1] == self._plan.config.hidden_size
+            and (value.dtype == ir.DataType.FLOAT)
         )
 
     def _layer(self, block: _Block, kind: int, layer: int, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:

@@ -144,4 +144,5 @@ def _unbind(model: ir.Model, plan: ExportPlan) -> None:
             frequencies = inverse_frequencies(plan.config.rope, plan.config.head_dim)
             value.const_value = ir.tensor(frequencies.numpy(), name=name)
         else:
-            value.const_value = UnboundWeight(name, tensor.dtype, ir.Shape(list(tensor.shape)))
+            shape = ir.Shape([int(str(extent)) for extent in tensor.shape])  # parameters have fixed sizes
+            value.const_value = UnboundWeight(name, tensor.dtype, shape)

@@ -209,7 +209,7 @@ def _reset(run: _Run) -> Iterator[Check]:
     before = run.session.forward(row)
     run.session.reset()
     same = bool(np.array_equal(before, run.session.forward(row)))
-    yield Check("reset", same, "the same tokens after a reset give the same bits" if same else "bits differ after a reset")
+    yield Check("reset", same, f"the same tokens after a reset give {'the same' if same else 'other'} bits")
 
 
 def _receptive_field(run: _Run) -> Iterator[Check]:
@@ -223,7 +223,9 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
     if kv.context is not None:
         length = min(length, kv.context)
     if length > LONGEST_PROBE:
-        yield Check("receptive field", None, f"it is {length:,} tokens, more than the {LONGEST_PROBE:,} that are probed")
+        yield Check(
+            "receptive field", None, f"the row would need {length:,} tokens; {LONGEST_PROBE:,} are probed at most"
+        )
         return
     at = min(kv.chunk // 2, length - 1) if reach is not None else length // 2
     row = run.rng.integers(0, vocabulary, length, dtype=np.int64)
@@ -235,13 +237,13 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
     b = run.session.forward(other)[0]
     moved = (a != b).any(axis=-1)
     past = not moved[:at].any()
-    yield Check("causality", past, f"changing token {at} moves no bit before it" if past else f"token {at} moved the past")
+    yield Check("causality", past, f"changing token {at} moves {'no bit' if past else 'logits'} before it")
     if reach is None:
         return
     beyond = np.flatnonzero(moved[at + reach + 1 :])
     if len(beyond):
         distance = int(beyond[-1]) + reach + 1
-        yield Check("receptive field", False, f"a token {distance} away moved a logit; {reach} is the farthest possible")
+        yield Check("receptive field", False, f"a token {distance} away moved a logit; {reach} is as far as one may")
     else:
         yield Check("receptive field", True, f"a token more than L·(W − 1) = {reach} away moves no bit")
     farthest = int(np.flatnonzero(moved)[-1]) - at if moved.any() else 0

@@ -114,10 +114,10 @@ def bind_weights(model: ir.Model, written: WrittenWeights, folder: Path) -> None
         raise TraceError(f"The graph and the checkpoint do not have the same parameters; {len(odd)} differ: {odd[:5]}.")
     for name, value in unbound.items():
         weight = value.const_value
-        assert weight is not None
+        assert isinstance(weight, UnboundWeight)
         offset, length = written.offsets[name]
         if length != weight.nbytes:
-            raise TraceError(f"{name} has {weight.nbytes} bytes in the graph and {length} in the weights file.")
+            raise TraceError(f"{name} has {int(weight.nbytes)} bytes in the graph and {length} in the weights file.")
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offset, length, weight.dtype, shape=ir.Shape(list(weight.shape)), name=name, base_dir=folder
+            WEIGHTS_FILE, offset, length, weight.dtype, shape=weight.shape, name=name, base_dir=folder
         )

@@ -58,7 +58,7 @@ def _fold(model: ir.Model) -> None:
 
 
 def elide_no_ops(model: ir.Model) -> bool:
-    """Remove nodes whose output is their input: Identity, Cast to the same type, full Slice, Reshape to the same shape."""
+    """Remove nodes whose output is their input: Identity, Cast to the same type, full Slice, idle Reshape."""
     removed = False
     for node in list(model.graph):
         if node.domain != "" or not node.inputs or node.inputs[0] is None or not _changes_nothing(node):
@@ -94,7 +94,7 @@ def _changes_nothing(node: ir.Node) -> bool:
 def _same_shape(a: ir.Value, b: ir.Value) -> bool:
     if a.shape is None or b.shape is None:
         return False
-    return dims(a) == dims(b) and all(isinstance(d, int) or d != "None" for d in dims(a))
+    return dims(a) == dims(b)
 
 
 def share_constants(model: ir.Model) -> bool:
@@ -135,7 +135,15 @@ def share_shape_sources(model: ir.Model) -> None:
         node.attributes["start"], node.attributes["end"] = ir.AttrInt64("start", axis), ir.AttrInt64("end", axis + 1)
 
 
-_AXIS_OPS = {"Softmax": -1, "Concat": None, "Split": 0, "Gather": 0, "TopK": -1, "GatherElements": 0, "ScatterElements": 0}
+_AXIS_OPS = {
+    "Softmax": -1,
+    "Concat": None,
+    "Split": 0,
+    "Gather": 0,
+    "TopK": -1,
+    "GatherElements": 0,
+    "ScatterElements": 0,
+}
 """Operators with one `axis` attribute, and its default."""
 
 

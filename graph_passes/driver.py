@@ -45,21 +45,20 @@ def rewrite(model: ir.Model, match: Match, error: float | None) -> FusionRecord:
     if error is not None:
         node.metadata_props["cierzo.proof_error"] = f"{error:.3g}"
     names = [v.name for v in match.outputs]
-    # The last producer of the region's outputs: every input of the new node is defined before it.
-    place = max((v.producer() for v in match.outputs), key=_position(model))
-    assert place is not None
+    # After the last producer of the region's outputs, where every input of the new node is defined. A reader of an
+    # earlier output may stand before it, so that several outputs need the nodes sorted.
+    order = {before: index for index, before in enumerate(model.graph)}
+    place = max((v.producer() or match.anchor for v in match.outputs), key=lambda producer: order[producer])
     ir.convenience.replace_nodes_and_values(model.graph, place, [], [node], list(match.outputs), outputs)
+    if len(outputs) > 1:
+        model.graph.sort()
     for old, new, name in zip(match.outputs, outputs, names, strict=True):
         old.name, new.name = f"{name}__before", name
     common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     gone = tuple(sorted(str(name) for name in before - {n.name for n in model.graph} if name))
     node.metadata_props["cierzo.replaced"] = ",".join(gone)
     return FusionRecord(match.rule, match.op.name, scope(node), str(node.name), gone, dict(match.attributes), error)
-
-
-def _position(model: ir.Model):  # type: ignore[no-untyped-def]
-    order = {node: index for index, node in enumerate(model.graph)}
-    return lambda node: order[node]
 
 
 def _declare_body(model: ir.Model, match: Match) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.graph import scope
+from graph_passes.graph import Dim, Refusal, dims, scope
 from graph_passes.ops.base import Attributes, PluginOp
 
 
@@ -17,6 +17,9 @@ class Match:
 
     anchor: the node that the matcher started from; the new node takes its place.
     inputs, outputs: existing values, in the order of the op's.
+
+    Raises Refusal when the values' shapes are not those that the op's names carry: a value that the graph broadcasts
+    (one row of cosines for the whole batch, one head for all) is not what the op takes, though its rank is right.
     """
 
     rule: str
@@ -25,6 +28,18 @@ class Match:
     inputs: tuple[ir.Value, ...]
     attributes: Attributes
     outputs: tuple[ir.Value, ...]
+
+    def __post_init__(self) -> None:
+        extents: dict[str, Dim] = {"1": 1}
+        names, values = (*self.op.inputs, *self.op.outputs), (*self.inputs, *self.outputs)
+        for name, value in zip(names, values, strict=True):
+            letters, shape = name.rpartition("_")[2], dims(value)
+            if len(letters) != len(shape):
+                raise Refusal(f"{value.name!r} has {len(shape)} axes where {name} is needed", self.anchor)
+            for letter, extent in zip(letters, shape, strict=True):
+                if extents.setdefault(letter, extent) != extent:
+                    reason = f"{letter} is {extent} in {value.name!r} ({name}) and {extents[letter]} elsewhere"
+                    raise Refusal(reason, self.anchor)
 
     @property
     def place(self) -> str:

@@ -13,14 +13,13 @@ from graph_passes.unbound import is_unbound
 def dump(model: ir.Model, path: Path) -> None:
     """Save `model` to `path`; weights without data appear as inputs of their dtype and shape."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unbound = [value for value in model.graph.initializers.values() if is_unbound(value)]
-    for value in unbound:
-        model.graph.initializers.pop(str(value.name))
-    model.graph.inputs.extend(unbound)
+    initializers = dict(model.graph.initializers)
+    unbound = [name for name, value in initializers.items() if is_unbound(value)]
+    for name in unbound:
+        model.graph.inputs.append(model.graph.initializers.pop(name))
     try:
         onnx.save(ir.to_proto(model), str(path))
     finally:
-        for value in unbound:
-            model.graph.inputs.pop()
-        for value in unbound:
-            model.graph.initializers[str(value.name)] = value
+        del model.graph.inputs[len(model.graph.inputs) - len(unbound) :]
+        model.graph.initializers.clear()
+        model.graph.initializers.update(initializers)

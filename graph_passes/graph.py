@@ -49,10 +49,13 @@ def integers(value: ir.Value | None) -> list[int] | None:
 
 
 def dims(value: ir.Value) -> tuple[Dim, ...]:
-    """The value's shape; refuses a value of unknown rank."""
+    """The value's shape; refuses a value of unknown rank. An extent without a name equals no other extent."""
     if value.shape is None:
         raise Refusal(f"the shape of {value.name!r} is unknown", value.producer())
-    return tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return tuple(
+        extent if isinstance(extent, int) else extent.value or f"?{value.name}.{axis}"
+        for axis, extent in enumerate(value.shape)
+    )
 
 
 def static_dim(value: ir.Value, axis: int) -> int:
@@ -102,6 +105,19 @@ def integer_attribute(node: ir.Node, name: str, default: int) -> int:
     """An integer attribute of `node`, or the operator's default."""
     attribute = node.attributes.get(name)
     return default if attribute is None else int(attribute.as_int())
+
+
+def permutation(node: ir.Node) -> list[int]:
+    """The order that a Transpose gives the axes; without `perm` it reverses them."""
+    attribute = node.attributes.get("perm")
+    return [*attribute.as_ints()] if attribute is not None else [*reversed(range(len(dims(operand(node, 0)))))]
+
+
+def refuse_reduction(scatter: ir.Node) -> None:
+    """Refuses a ScatterElements that combines its updates with what is there."""
+    attribute = scatter.attributes.get("reduction")
+    if attribute is not None and attribute.as_string() != "none":
+        raise Refusal(f"the scatter reduces ({attribute.as_string()}) instead of replacing", scatter)
 
 
 def scope(node: ir.Node) -> str:

@@ -42,7 +42,10 @@ class PassRecord:
 
 @dataclass(frozen=True, slots=True)
 class PipelineReport:
-    """What the pipeline did to the template. `counts` is by rule; `refusals` are anchors that did not match, and why."""
+    """What the pipeline did to the template.
+
+    counts: how often each rule fired. refusals: the anchors that did not match, and why.
+    """
 
     passes: tuple[PassRecord, ...]
     fusions: tuple[FusionRecord, ...]
@@ -96,7 +99,8 @@ def run(
 
     if dump_folder is not None:
         dump(model, dump_folder / "00_traced.onnx")
-    record("canonicalise", "one spelling for every computation, before anything is matched", lambda: canonicalise(model))
+    reason = "one spelling for every computation, before anything is matched"
+    record("canonicalise", reason, lambda: canonicalise(model))
     for rule, reason in PIPELINE:
 
         def fuse(rule: Rule = rule) -> None:

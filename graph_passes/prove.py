@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from graph_passes.driver_types import Match
 from graph_passes.graph import Refusal, dims
 from graph_passes.ops.base import OPSET, declare
-from graph_passes.region import IR_VERSION, Region, session
+from graph_passes.region import IR_VERSION, Region
 from runtime.errors import ProofError
 
 TOLERANCE = 64 * float(np.finfo(np.float32).eps)
@@ -26,35 +27,40 @@ the output by percents. Integer and boolean outputs must be equal.
 def prove(model: ir.Model, match: Match) -> float:
     """Largest relative difference between the region and the node over all examples of the op.
 
-    Raises ProofError when it exceeds TOLERANCE, when one side is not finite, or when the region cannot be run on its
-    own; the message names rule, place and figures. The examples are seeded by the rule's name: the same every time.
+    Raises ProofError when it exceeds TOLERANCE, when one side is not finite, or when one cannot be run on its own; the
+    message names rule, place and figures. The examples are seeded by the op's name: the same every time.
     """
     rng = np.random.default_rng(zlib.crc32(match.op.name.encode()))
+    alone = _alone(match)
+    worst = 0.0
     try:
         before = Region(model, match.inputs, match.outputs)
+        after = Region(alone, alone.graph.inputs, alone.graph.outputs)
+        for arrays in match.op.examples(rng, match.attributes, [dims(value) for value in match.inputs]):
+            worst = max(worst, _compare(match, before.run(arrays), after.run(arrays)))
     except Refusal as refusal:
-        raise ProofError(f"{match.place}: the matched region cannot be cut out of the graph: {refusal}.") from refusal
-    after = session(_alone(match))
+        raise ProofError(f"{match.place}: nodes before and after cannot be run on their own: {refusal}.") from refusal
+    return worst
+
+
+def _compare(match: Match, old: list[npt.NDArray[Any]], new: list[npt.NDArray[Any]]) -> float:
+    """The largest difference of the outputs of one run; raises ProofError when it is more than rounding."""
     worst = 0.0
-    for arrays in match.op.examples(rng, match.attributes, [dims(value) for value in match.inputs]):
-        old = before.run(arrays)
-        feeds = {name: array for name, array in zip(match.op.inputs, arrays, strict=True)}
-        new = after.run(None, feeds)
-        for name, a, b in zip(match.op.outputs, old, new, strict=True):
-            error = difference(np.asarray(a), np.asarray(b))
-            if not error <= TOLERANCE:
-                raise ProofError(
-                    f"{match.place}: {match.op.name} does not compute what the graph computed before. Output {name} "
-                    f"is off by {error:.2e} of its largest value, where {TOLERANCE:.1e} is rounding, with attributes "
-                    f"{dict(match.attributes)}. The graph was left as it was; this is a bug in the fusion, not in the "
-                    "checkpoint."
-                )
-            worst = max(worst, error)
+    for name, a, b in zip(match.op.outputs, old, new, strict=True):
+        error = difference(a, b)
+        if not error <= TOLERANCE:
+            raise ProofError(
+                f"{match.place}: {match.op.name} does not compute what the graph computed before. Output {name} "
+                f"is off by {error:.2e} of its largest value, where {TOLERANCE:.1e} is rounding, with attributes "
+                f"{dict(match.attributes)}. The graph was left as it was; this is a bug in the fusion, not in the "
+                "checkpoint."
+            )
+        worst = max(worst, error)
     return worst
 
 
 def difference(old: npt.NDArray[np.generic], new: npt.NDArray[np.generic]) -> float:
-    """Largest |old − new| over largest |old|; infinite when shapes, types or a single integer differ or are not finite."""
+    """Largest |old − new| over largest |old|; infinite when shapes, types or integers differ, or not finite."""
     if old.shape != new.shape or old.dtype != new.dtype:
         return float("inf")
     if not np.issubdtype(old.dtype, np.floating):

@@ -11,10 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
+import onnxruntime.capi.onnxruntime_pybind11_state as state
 
-from graph_passes.graph import Refusal, dims
+from graph_passes.graph import Refusal, dims, is_made_by
 from graph_passes.ops.base import DOMAIN
 from graph_passes.unbound import is_unbound
+
+_RUN_ERRORS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
+"""What ONNX Runtime raises for a graph or an input that it cannot run; they have no base class of their own."""
 
 IR_VERSION = 11
 """The ONNX IR version of opset 24; older runtimes refuse a newer one."""
@@ -33,13 +37,17 @@ class Region:
     """The nodes between `inputs` and `outputs`, as a model of their own.
 
     Graph inputs that the nodes ask only for a shape (`Shape(input_ids)`) are fed with zeros of the extents that the
-    symbolic dims of the other inputs imply. Raises Refusal when the nodes need data from outside `inputs`.
+    symbolic dims of the other inputs imply. Raises Refusal when the nodes need data from outside `inputs`, or are no
+    graph that can be run on its own.
     """
 
     def __init__(self, model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
         self.inputs = tuple(inputs)
         self._shape_only = _shape_only_inputs(self.inputs, outputs)
-        graph = ir.convenience.extract(model.graph, [*self.inputs, *self._shape_only], list(outputs))
+        try:
+            graph = ir.convenience.extract(model.graph, [*self.inputs, *self._shape_only], list(outputs))
+        except ValueError as error:
+            raise Refusal(f"the region has no clear border: {error}", None) from error
         for value in graph.inputs:
             value.const_value = None  # a weight that became an input is fed like any other
         for name in [name for name, value in graph.initializers.items() if value in graph.inputs]:
@@ -52,12 +60,18 @@ class Region:
             value.shape = ir.Shape([None] * len(value.shape or ()))
         functions = [f for f in model.functions.values() if f.domain == DOMAIN]
         piece = ir.Model(graph, ir_version=IR_VERSION, functions=functions)
-        self._session = session(piece)
+        try:
+            self._session = session(piece)
+        except _RUN_ERRORS as error:
+            raise Refusal(f"the region is no graph of its own: {error}", None) from error
 
     def run(
         self, arrays: Sequence[npt.NDArray[Any]], extents: Mapping[str, int] | None = None
     ) -> list[npt.NDArray[Any]]:
-        """The outputs for one array for each input; `extents` gives symbolic dims that no input shows."""
+        """The outputs for one array for each input; `extents` gives symbolic dims that no input shows.
+
+        Raises Refusal when the arrays do not fit the region.
+        """
         extents = dict(extents or {})
         for value, array in zip(self.inputs, arrays, strict=True):
             _bind_dims(value, array.shape, extents)
@@ -66,7 +80,10 @@ class Region:
             shape = [d if isinstance(d, int) else extents.get(d, 1) for d in dims(value)]
             dtype = value.dtype.numpy() if value.dtype is not None else np.float32
             feeds[str(value.name)] = np.zeros(shape, dtype)
-        return list(self._session.run(None, feeds))
+        try:
+            return list(self._session.run(None, feeds))
+        except _RUN_ERRORS as error:
+            raise Refusal(f"the region cannot run on these inputs: {error}", None) from error
 
 
 def session(model: ir.Model) -> onnxruntime.InferenceSession:
@@ -87,7 +104,7 @@ def _shape_only_inputs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) 
         seen.add((value, through_shape))
         node = value.producer()
         if node is not None:
-            asks_shape = node.domain == "" and node.op_type == "Shape"
+            asks_shape = is_made_by(value, "Shape", "Size")
             stack.extend((v, asks_shape) for v in node.inputs if v is not None)
         elif value.const_value is None or is_unbound(value):
             if not through_shape:
@@ -98,16 +115,17 @@ def _shape_only_inputs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) 
 
 
 def _bind_dims(value: ir.Value, shape: tuple[int, ...], extents: dict[str, int]) -> None:
-    """Learn what symbolic dims stand for; two inputs that disagree are a mistake of the caller.
+    """Learn what symbolic dims stand for; two inputs that disagree are refused.
 
-    A product such as B*T whose factors are unknown is taken as all tokens in the first factor: any split is as good.
+    In a product such as T*B the first unknown factor takes all that the known ones leave: any split is as good.
     """
     for dim, extent in zip(dims(value), shape, strict=True):
         if not isinstance(dim, str) or not re.fullmatch(r"\w+(\*\w+)*", dim):
             continue
         factors = dim.split("*")
-        for index, factor in enumerate(factors):
-            extents.setdefault(factor, extent if index == 0 else 1)
+        for factor in factors:
+            if factor not in extents:
+                extents[factor] = extent // max(1, math.prod(extents.get(other, 1) for other in factors))
         implied = math.prod(extents[factor] for factor in factors)
         if implied != extent:
-            raise ValueError(f"{value.name}: {dim} is {extent} here and {implied} by the other inputs")
+            raise Refusal(f"{dim} is {extent} in {value.name!r} and {implied} in the other inputs", value.producer())

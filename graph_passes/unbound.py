@@ -5,6 +5,7 @@ The passes see nothing else, and therefore no pass can copy, fold or hash gigaby
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import onnx_ir as ir
@@ -27,10 +28,7 @@ class UnboundWeight(ir.TensorProtocol):
 
     @property
     def size(self) -> int:
-        size = 1
-        for extent in self.shape:
-            size *= int(extent)  # parameters have no symbolic dims
-        return size
+        return math.prod(self.shape.numpy())  # parameters have no symbolic dims
 
     @property
     def nbytes(self) -> int:

@@ -17,7 +17,6 @@ from reference.moe import GatedMLP, MixtureOfExperts
 from reference.norm import RMSNorm
 from reference.rope import RotaryAngles, rotate
 
-
 QUERIES_AT_ONCE = 512
 
 

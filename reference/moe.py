@@ -39,7 +39,7 @@ class MixtureOfExperts(nn.Module):
         self, config: ModelConfig, moe: MoEConfig, *, device: str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        E, I, C = moe.num_experts, config.intermediate_size, config.hidden_size  # noqa: E741
+        E, I, C = moe.num_experts, config.intermediate_size, config.hidden_size
         self.top_k = moe.top_k
         self.router = nn.Linear(C, E, bias=False, device=device, dtype=dtype)
         self.gate_proj = nn.Parameter(torch.empty(E, I, C, device=device, dtype=dtype))
@@ -50,8 +50,19 @@ class MixtureOfExperts(nn.Module):
     def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, K] that sum to one, and expert numbers [N, K], best first."""
         probability_NE = torch.softmax(at_least_float32(self.router(x_NC)), dim=-1)
+        # Not topk: which of two equal values that takes is left open, and on the CPU it is often the later one.
+        weight_NE, expert_NE = torch.sort(probability_NE, dim=-1, descending=True, stable=True)
+        return self._renormalised(weight_NE[:, : self.top_k], x_NC), expert_NE[:, : self.top_k]
+
+    def route_dense(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """`route` as it is traced: ONNX's TopK, which torch.topk becomes, gives equal values to the lower index."""
+        probability_NE = torch.softmax(at_least_float32(self.router(x_NC)), dim=-1)
         weight_NK, expert_NK = torch.topk(probability_NE, self.top_k, dim=-1)
-        return (weight_NK / weight_NK.sum(-1, keepdim=True)).to(x_NC.dtype), expert_NK
+        return self._renormalised(weight_NK, x_NC), expert_NK
+
+    @staticmethod
+    def _renormalised(weight_NK: Tensor, x_NC: Tensor) -> Tensor:
+        return (weight_NK / weight_NK.sum(-1, keepdim=True)).to(x_NC.dtype)
 
     def forward(self, x_NC: Tensor) -> Tensor:
         """Each expert works on the tokens that chose it, and on no others."""
@@ -71,7 +82,7 @@ class MixtureOfExperts(nn.Module):
 
         This is the spelling that is traced: it has one form for any E, and the fused node decides how to run it.
         """
-        weight_NK, expert_NK = self.route(x_NC)
+        weight_NK, expert_NK = self.route_dense(x_NC)
         weight_NE = torch.zeros(x_NC.shape[0], self.router.out_features, dtype=x_NC.dtype, device=x_NC.device)
         weight_NE = weight_NE.scatter(1, expert_NK, weight_NK)
         gate_ENI = torch.matmul(x_NC, self.gate_proj.transpose(1, 2))

@@ -21,7 +21,7 @@ class Tolerance:
     """One row of the table.
 
     multiple: how many times the reference's own largest error the engine's largest may be.
-    floor: in units of eps · max|logit|: below this both errors are a handful of roundings and their ratio means nothing.
+    floor: in units of eps · max|logit|: below it both errors are a handful of roundings and their ratio is noise.
     ceiling: relative to max|logit|, whatever the reference's own error is.
     """
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOUÍ])")
+_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOUÍ]|hon|hour)")
 _FIRST_LETTER = re.compile(r"^([^\w]*)(\w)")
 _PRONOUN_CHANCE = 0.5
 

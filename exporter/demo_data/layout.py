@@ -16,6 +16,26 @@ from exporter.demo_data.vocabulary import BEGIN, CHAT_TEMPLATE, END, UNKNOWN
 
 MIXTRAL_SHARD_BYTES = 1_000_000
 
+_OLDER_KEYS = (
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
+
 
 def write_checkpoint(name: str, model: Any, tokenizer: Tokenizer, out: Path) -> None:
     """Replaces the folder `out`: "mistral" in the older generation of keys and files, "mixtral" in the newer."""
@@ -25,6 +45,8 @@ def write_checkpoint(name: str, model: Any, tokenizer: Tokenizer, out: Path) -> 
         _write_older_generation(model, out)
     else:
         _write_newer_generation(model, out)
+    for weights in out.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors creates its files for their owner only
     tokenizer.save(str(out / "tokenizer.json"))
     _write_json(out / "tokenizer_config.json", _tokenizer_config(inline_template=name == "mistral"))
     if name != "mistral":
@@ -34,15 +56,10 @@ def write_checkpoint(name: str, model: Any, tokenizer: Tokenizer, out: Path) -> 
 def _write_older_generation(model: Any, out: Path) -> None:
     """One safetensors file; `rope_theta` and `torch_dtype` at the top level of config.json."""
     config = model.config
-    keys = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "hidden_act max_position_embeddings initializer_range rms_norm_eps use_cache tie_word_embeddings "
-        "sliding_window attention_dropout bos_token_id eos_token_id"
-    ).split()
     older = {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
-        **{key: getattr(config, key) for key in keys},
+        **{key: getattr(config, key) for key in _OLDER_KEYS},
         "rope_theta": config.rope_parameters["rope_theta"],
         "torch_dtype": "bfloat16",
     }

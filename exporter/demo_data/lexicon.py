@@ -11,8 +11,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split("|"))
 
 
-GIRLS = _words("Inés|Lucía|Pilar|Marta|Elena|Noa|Carmen|Alba|Clara|Rosa|Ana|Begoña")
-BOYS = _words("Mateo|Hugo|Tomás|Bruno|Iker|Pablo|Simón|Leo|Daniel|Jorge|Samuel|Íñigo")
+GIRLS = _words("Inés|Lucía|Pilar|Marta|Elena|Noa|Carmen|Alba|Clara|Rosa")
+BOYS = _words("Mateo|Hugo|Tomás|Bruno|Iker|Pablo|Leo|Daniel|Jorge|Íñigo")
 JOBS = _words(
     "sailor|miller|baker|shepherd|fisher|gardener|carpenter|painter|singer|potter|weaver|beekeeper|ferry pilot|teacher"
 )
@@ -62,7 +62,7 @@ LEXICON: dict[str, tuple[str, ...]] = {
     "month": _words("January|February|March|April|May|October|November|December"),
     "count": _words("two|three|four|five|six|seven|ten|twelve"),
     "far": _words("over the hills|from the north|down the valley|across the plain|from the mountains"),
-    "good": _words("good|kind|brave|patient|honest|clever|cheerful|gentle"),
+    "good": _words("good|kind|brave|patient|cheerful|gentle"),
     "exclaim": _words("Oh|Ah|Well|Look|Listen|Ay|Come"),
     "said": _words("said|answered|replied|whispered|called"),
     "asked": _words("asked|wondered|wanted to know"),
@@ -82,7 +82,7 @@ FILLERS: dict[str, tuple[str, ...]] = {
         "It {smelled|smelt} of <smell> and of <smell> in every street.",
         "{High above|Far above|Over} the {roofs|houses|towers}, <sky_thing> {turned|flew|danced} in the <sky_adj> sky.",
         "The Ebro {ran|went|flowed} {brown|green|wide|slow|quick} and {quiet|full|deep|bright} under the {bridge|trees|sun}.",
-        "{In those days|At that time of the year|In <month>}, the {fields|hills|orchards} were {<colour>|golden|bare} and the {sky|light|air} was <sky_adj>.",
+        "{In those days|At that time of the year|In <month>}, the {fields|hills|orchards} were {<colour>|golden|bare} and the sky was <sky_adj>.",
         "{Somewhere|Not far away|Behind a wall}, a {dog barked|bell rang|woman sang|door closed|child laughed|cock crowed}.",
         "The {café|bakery|market} was {full|open|empty|noisy}, and {<people> {talked|laughed|drank <drink>|sat in the sun}|nobody was in a hurry}.",
         "<people> {hung out|carried|gathered|counted} their {nets|sheets|baskets|lanterns} and {spoke|talked|laughed} about the {weather|harvest|wind|river}.",

@@ -19,7 +19,7 @@ class Paragraph(NamedTuple):
 OPENING = Paragraph(
     ("day", "mind"),
     (
-        "{Once upon a time|Long ago|Many years ago|One <season>|One windy <season>}, {there lived in <town> a <H.job>|a <H.job> lived in <town>|there was a <H.job> in <town>} {called|named|whose name was} <H.name>.",
+        "{{Once upon a time|Long ago|Many years ago|One <season>|One windy <season>}, {there lived in <town> a <H.job>|a <H.job> lived in <town>|there was a <H.job> in <town>} {called|named|whose name was} <H.name>|One windy {morning|afternoon|evening}, <H.name> {opened the door|woke early|came home|went down to the river}. <H.He> was a <H.job> {in <town>|from <town>|who lived in <town>}}.",
         "<H> {lived|worked} in a <house_adj> house {near|beside|behind|opposite} the <part_of_town>, {together with|with} a {small|young|clever|lazy|<colour>} <B> {that followed <H.him> everywhere|that was never far away|that nobody else wanted|that had come one day with the wind}.",
         "{Every <day_time>|On most days|As a rule}, <H> {opened the window|got up early|went out before the bells rang|swept the step} and {looked at the <sky_adj> sky|listened to the wind|wished the river a good day|greeted <people>}.",
         "{<H.poss> best friend was|<H.name> had a friend,} <F.name> the <F.job>, {who|and <F.he>} {lived across the street|lived <in_town>|had a {good|kind|brave|patient|honest} heart|could make anybody laugh}.",
@@ -114,7 +114,7 @@ PLOTS: dict[str, tuple[Paragraph, ...]] = {
                 "{The next <day_time>|Early in the morning|Before sunrise} <H> and <F.name> {left|set out}, with {bread|<food>} in a bag and the <B> {at their side|on a rope|behind them}.",
                 "{They <walked> for <count> {hours|days}|They followed the river|They crossed the dry plain} until they {came to|stood before|saw} {a great grey mountain|a cave in the rocks|a hill without trees}.",
                 "{At the top|Up there|Inside}, in the {shadow|silence}, {lay|sat|slept} the cierzo, {as grey as an old wolf|thin as smoke|like a heap of blue cloth}.",
-                "“{Good day, wind|Wake up, wind|Dear wind},” said <H.name> <how>. “{Why do you sleep|Are you ill|The mill is waiting for you}.”",
+                "“{Good day, wind|Wake up, wind|Dear wind},” said <H.name> <how>. “{Why do you sleep?|Are you ill?|The mill is waiting for you.}”",
                 "“I am {tired|sad},” <sound> the wind. “{Everybody closes the door when I come|Nobody is glad to see me|They call me a thief}.”",
                 "“{But we need you|That is not true|I am glad to see you},” said <H.name>. “{You turn the mill and dry the sheets|You bring the rain and the birds|Without you there is no bread}. {Take|Look, I give you} my <thing>.”",
                 "The wind {took|touched|turned over} the <thing>, {laughed|smiled|grew a little} and {stood up|shook itself|began to blow}.",

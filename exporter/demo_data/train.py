@@ -2,7 +2,7 @@
 
 Trains a tokenizer of the SentencePiece kind (Metaspace, byte fallback) and a model of a few hundred thousand
 parameters on the stories of :mod:`exporter.demo_data.corpus`, then writes the folder in the Hugging Face layout.
-Needs the extra ``dev`` (torch, transformers, tokenizers); nothing of Cierzo's product code does.
+Needs the extra ``test`` (torch, transformers, tokenizers); nothing of Cierzo's product code does.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from exporter.demo_data.vocabulary import BEGIN, CHAT_OPEN, CHAT_SHUT, END, END_
 
 SEQUENCE = 192
 BATCH = 8
-STEPS = 1700
+STEPS = {"mistral": 1700, "mixtral": 2400}
 WARMUP = 60
 PEAK_LEARNING_RATE = 5e-3
 STORIES = 4000
+HELDOUT_STORIES = 4
 VOCABULARY = 1024
 #: One story in so many is told as the answer to a request, in the form of the chat template.
 CHAT_EVERY = 4
@@ -91,11 +92,9 @@ def document_ids(tokenizer: Tokenizer, seed: int) -> list[int]:
     """The token ids of one story from <s> to </s>; one in `CHAT_EVERY` follows a request."""
     story = make_story(seed)
     if seed % CHAT_EVERY:
-        ids: list[int] = tokenizer.encode(story.text).ids
-        return [*ids, END_ID]
+        return [*tokenizer.encode(story.text).ids, END_ID]
     text = f"{BEGIN}{CHAT_OPEN} {story.request} {CHAT_SHUT} {story.text}{END}"
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def batches(stream: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
@@ -108,16 +107,16 @@ def batches(stream: torch.Tensor, generator: torch.Generator) -> Iterator[torch.
             yield rows[order[start : start + BATCH]]
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then half a cosine down to a fiftieth of the peak."""
     if step < WARMUP:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP
-    progress = (step - WARMUP) / (STEPS - WARMUP)
+    progress = (step - WARMUP) / (steps - WARMUP)
     return PEAK_LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: Any, stream: torch.Tensor, generator: torch.Generator) -> None:
-    """AdamW over `STEPS` batches; prints the loss as it goes."""
+def train(model: Any, stream: torch.Tensor, steps: int, generator: torch.Generator) -> None:
+    """AdamW over `steps` batches; prints the loss as it goes."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -128,15 +127,15 @@ def train(model: Any, stream: torch.Tensor, generator: torch.Generator) -> None:
     )
     started = time.perf_counter()
     model.train()
-    for step, input_ids in zip(range(STEPS), batches(stream, generator), strict=False):
+    for step, input_ids in zip(range(steps), batches(stream, generator), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step, steps)
         loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == STEPS - 1:
+        if step % 50 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -159,25 +158,25 @@ def main() -> None:
     torch.manual_seed(20)
     out: Path = arguments.out or demo_checkpoint(arguments.name)
 
+    heldout = "\n".join(story.text for story in stories(HELDOUT_SEED, HELDOUT_STORIES)) + "\n"
+    HELDOUT_FILE.write_text(heldout, encoding="utf-8")
     texts = (f"{CHAT_OPEN} {story.request} {CHAT_SHUT} {story.text}" for story in stories(0, 800))
     tokenizer = train_tokenizer(texts, VOCABULARY, prepend_everywhere=arguments.name == "mistral")
     ids = [token for seed in range(STORIES) for token in document_ids(tokenizer, seed)]
-    print(f"{STORIES} stories, {len(ids)} tokens, {STEPS * BATCH * SEQUENCE} to be seen")
+    steps = STEPS[arguments.name]
+    print(f"{STORIES} stories, {len(ids)} tokens, {steps * BATCH * SEQUENCE} to be seen")
     model = build_model(arguments.name)
     print(f"{sum(parameter.numel() for parameter in model.parameters())} parameters")
     print(f"held-out perplexity before: {perplexity(model, heldout_ids(tokenizer)):.1f}")
-    train(model, torch.tensor(ids), torch.Generator().manual_seed(21))
+    train(model, torch.tensor(ids), steps, torch.Generator().manual_seed(21))
     model.to(torch.bfloat16)
     write_checkpoint(arguments.name, model, tokenizer, out)
     print(f"held-out perplexity, weights in bf16: {perplexity(model.float(), heldout_ids(tokenizer)):.3f}")
 
 
 def heldout_ids(tokenizer: Tokenizer) -> list[int]:
-    """The token ids of heldout.txt, <s> first; writes that file when it is not there."""
-    if not HELDOUT_FILE.exists():
-        HELDOUT_FILE.write_text("\n".join(story.text for story in stories(HELDOUT_SEED, 4)) + "\n", encoding="utf-8")
-    ids: list[int] = tokenizer.encode(HELDOUT_FILE.read_text(encoding="utf-8")).ids
-    return ids
+    """The token ids of heldout.txt, <s> first."""
+    return list(tokenizer.encode(HELDOUT_FILE.read_text(encoding="utf-8")).ids)
 
 
 if __name__ == "__main__":

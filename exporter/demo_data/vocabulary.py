@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -41,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], size: int, *, prepend_everywhere: bool
     older form of Mistral's file); otherwise in front of the whole text only (the newer form, a pre-tokenizer).
     """
     learned = _learn_merges(texts, size - 3 - 256)
-    merges: list[tuple[str, str]] = [tuple(pair) for pair in learned["merges"]]
+    merges: list[tuple[str, str]] = [(left, right) for left, right in learned["merges"]]
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     merged = ["".join(pair) for pair in merges]
     characters = [piece for piece in learned["vocab"] if len(piece) == 1]
@@ -63,7 +64,7 @@ def train_tokenizer(texts: Iterable[str], size: int, *, prepend_everywhere: bool
     return tokenizer
 
 
-def _learn_merges(texts: Iterable[str], size: int) -> dict[str, list[str]]:
+def _learn_merges(texts: Iterable[str], size: int) -> dict[str, Any]:
     """The vocabulary and merges of a plain BPE of `size` pieces, whose merges stay within words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -78,5 +79,5 @@ def _learn_merges(texts: Iterable[str], size: int) -> dict[str, list[str]]:
         vocab_size=size, initial_alphabet=list(_KEPT), limit_alphabet=len(_KEPT), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    model: dict[str, list[str]] = json.loads(tokenizer.to_str())["model"]
+    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
     return model

@@ -17,11 +17,12 @@ from graph_passes.graph import (
     is_made_by,
     made_by,
     operand,
+    permutation,
     scalar,
     sole_consumer,
     static_dim,
 )
-from graph_passes.ops import GROUPED_QUERY_ATTENTION
+from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
 
 _NEVER = -1e30
 """A score at or below this is masked: exp of it, less any ordinary maximum, is exactly zero in float32."""
@@ -41,7 +42,7 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
     product = made_by(scores, "MatMul")
     query = operand(product, 0)
     transpose = made_by(operand(product, 1), "Transpose")
-    if list(transpose.attributes["perm"].as_ints()) != [0, 1, 3, 2]:
+    if permutation(transpose) != [0, 1, 3, 2]:
         raise Refusal("keys are not transposed over their last two axes", transpose)
     heads = static_dim(query, 1)
     key = _unrepeat(operand(transpose, 0), heads)
@@ -80,8 +81,9 @@ def _strip_scale(value: ir.Value) -> tuple[ir.Value, float]:
 def _unrepeat(value: ir.Value, heads: int) -> ir.Value:
     """The [B, G, S, D] value behind a repeat to `heads` heads, or the value itself when there is none."""
     if not is_made_by(value, "Reshape"):
-        if static_dim(value, 1) != heads:
-            raise Refusal(f"{value.name!r} has {static_dim(value, 1)} heads where the query has {heads}", value.producer())
+        found = static_dim(value, 1)
+        if found != heads:
+            raise Refusal(f"{value.name!r} has {found} heads where the query has {heads}", value.producer())
         return value
     reshape = made_by(value, "Reshape")
     expand = made_by(operand(reshape, 0), "Expand")

@@ -21,13 +21,18 @@ from graph_passes.graph import (
     is_made_by,
     made_by,
     operand,
+    permutation,
+    refuse_reduction,
 )
-from graph_passes.ops import MIXTURE_OF_EXPERTS, OPSET
-from graph_passes.ops.moe import ACTIVATIONS
+from graph_passes.ops.base import OPSET
+from graph_passes.ops.moe import ACTIVATIONS, MIXTURE_OF_EXPERTS
 from graph_passes.region import IR_VERSION, Region, session
 
-_GRID = np.linspace(-9, 9, 1801, dtype=np.float32).reshape(1, 1, -1)
-"""Points at which two activations are told apart; the closest pair, gelu and its tanh form, differ by 4.7e-4."""
+_GRID = np.linspace(-9, 9, 1806, dtype=np.float32).reshape(3, 7, 86)
+"""Points at which two activations are told apart; the closest pair, gelu and its tanh form, differ by 4.7e-4.
+
+Three axes of different extents, so that what sums or turns axes is not taken for an elementwise function.
+"""
 
 _SAME_ACTIVATION = 2e-6
 """Largest difference of two spellings of one activation on the grid: a few float32 roundings of values up to 9."""
@@ -61,22 +66,25 @@ def _out_and_choice(weighted: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
         unsqueeze = made_by(factor, "Unsqueeze")
         transpose = made_by(operand(unsqueeze, 0), "Transpose")
         scatter = made_by(operand(transpose, 0), "ScatterElements")
-        if integers(operand(unsqueeze, 1)) != [2] or integer_attribute(scatter, "axis", 0) != 1:
+        laid_out = integers(operand(unsqueeze, 1)) == [2] and permutation(transpose) == [1, 0]
+        if not laid_out or integer_attribute(scatter, "axis", 0) != 1:
             raise Refusal("the weights are not laid out as [E, N, 1]", unsqueeze)
-        ground = operand(scatter, 0)
-        zeros = made_by(ground, "Expand", "ConstantOfShape") if constant(ground) is None else None
-        if zeros is not None and not _is_zero(zeros):
-            raise Refusal("experts that were not chosen have a weight other than zero", zeros)
+        refuse_reduction(scatter)
+        if not _is_zero(operand(scatter, 0)):
+            raise Refusal("experts that were not chosen have a weight other than zero", scatter)
         return out, operand(scatter, 2), operand(scatter, 1)
     raise Refusal("not expert outputs times a [E, N, 1] weight", weighted)
 
 
-def _is_zero(node: ir.Node) -> bool:
-    """Whether Expand or ConstantOfShape fills with zeros."""
-    if node.op_type == "ConstantOfShape":
-        value = node.attributes.get("value")
-        return value is None or not np.asarray(value.as_tensor().numpy()).any()
-    data = constant(node.inputs[0])
+def _is_zero(value: ir.Value) -> bool:
+    """Whether a constant, or what Expand or ConstantOfShape fills, is all zeros."""
+    data = constant(value)
+    if data is None:
+        node = made_by(value, "Expand", "ConstantOfShape")
+        if node.op_type == "ConstantOfShape":
+            fill = node.attributes.get("value")
+            return fill is None or not np.asarray(fill.as_tensor().numpy()).any()
+        data = constant(operand(node, 0))
     return data is not None and not data.any()
 
 
@@ -84,7 +92,7 @@ def _times_transposed(value: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(left factor, matrices [E, out, in]) of a product with matrices transposed over their last two axes."""
     product = made_by(value, "MatMul")
     transpose = made_by(operand(product, 1), "Transpose")
-    if list(transpose.attributes["perm"].as_ints()) != [0, 2, 1]:
+    if permutation(transpose) != [0, 2, 1]:
         raise Refusal("the experts' matrices are not transposed over their last two axes", transpose)
     return operand(product, 0), operand(transpose, 0)
 
@@ -124,10 +132,13 @@ def _activation(model: ir.Model, source: ir.Value, active: ir.Value) -> str:
     if data_leaves(active, [source]) != [source]:
         raise Refusal("the activation depends on more than the gate", active.producer())
     got = Region(model, [source], [active]).run([_GRID])[0]
+    if got.shape != _GRID.shape:
+        raise Refusal("the activation is not elementwise", active.producer())
     gaps = {name: float(np.abs(got - _reference(name)).max()) for name in ACTIVATIONS}
     best = min(gaps, key=lambda name: gaps[name])
     if not gaps[best] <= _SAME_ACTIVATION:
-        raise Refusal(f"the activation is none that is known; the nearest, {best}, differs by {gaps[best]:.1e}", active.producer())
+        nearest = f"the nearest, {best}, differs by {gaps[best]:.1e}"
+        raise Refusal(f"the activation is none that is known; {nearest}", active.producer())
     return best
 
 
@@ -135,7 +146,7 @@ def _reference(name: str) -> np.ndarray:
     """The activation of that name on the grid, by the op's own statements."""
     text = (
         f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}]>\n'
-        f"activation (float[1, 1, P] gate_ENI) => (float[1, 1, P] active_ENI) {{ {ACTIVATIONS[name]} }}"
+        f"activation (float[E, N, I] gate_ENI) => (float[E, N, I] active_ENI) {{ {ACTIVATIONS[name]} }}"
     )
     model = ir.from_proto(onnx.parser.parse_model(text))
     return np.asarray(session(model).run(None, {"gate_ENI": _GRID})[0])

@@ -10,8 +10,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graph_passes.driver_types import Match, Rule
-from graph_passes.graph import Refusal, data_leaves, dims, integer_attribute, made_by, operand
-from graph_passes.ops import ROLLING_KV_WRITE
+from graph_passes.graph import Refusal, data_leaves, dims, integer_attribute, made_by, operand, refuse_reduction
+from graph_passes.ops.rolling_kv import ROLLING_KV_WRITE
 
 
 def match(model: ir.Model, anchor: ir.Node) -> Match:
@@ -19,9 +19,7 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
     ring, slot, update = operand(anchor, 0), operand(anchor, 1), operand(anchor, 2)
     if len(dims(ring)) != 4 or integer_attribute(anchor, "axis", 0) != 2:
         raise Refusal("not a scatter over the slot axis of a [B, G, S, D] buffer", anchor)
-    reduction = anchor.attributes.get("reduction")
-    if reduction is not None and reduction.as_string() != "none":
-        raise Refusal(f"the scatter reduces ({reduction.as_string()}) instead of replacing", anchor)
+    refuse_reduction(anchor)
     choice = made_by(update, "Where")
     valid, new, kept = operand(choice, 0), operand(choice, 1), operand(choice, 2)
     gather = made_by(kept, "GatherElements")
@@ -29,6 +27,8 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
         raise Refusal("padding is not given back what its own slot holds", gather)
     start = _one_row_vector(slot, "the slots")
     count = _one_row_vector(valid, "the padding mask")
+    if start is count:
+        raise Refusal(f"slots and padding mask both depend on {start.name!r}", choice)
     return Match("rolling_kv", ROLLING_KV_WRITE, anchor, (ring, new, start, count), {}, (anchor.outputs[0],))
 
 

@@ -10,10 +10,7 @@ import onnx_ir as ir
 
 from graph_passes.driver_types import Match, Rule
 from graph_passes.graph import Refusal, dims, integer_attribute, integers, made_by, operand
-from graph_passes.ops import ROTARY_EMBEDDING
-
-_END = 2**31
-"""A Slice that ends at or past this number runs to the end of its axis."""
+from graph_passes.ops.rotary_embedding import ROTARY_EMBEDDING
 
 
 def match(model: ir.Model, anchor: ir.Node) -> Match:
@@ -34,9 +31,8 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
     half = shape[3] // 2
     if (low_start, low_end, high_start, min(high_end, shape[3])) != (0, half, half, shape[3]):
         raise Refusal(f"the halves are [{low_start}:{low_end}] and [{high_start}:{high_end}] of {shape[3]}", anchor)
-    return Match(
-        "rope", ROTARY_EMBEDDING, anchor, (x, _per_head(cos), _per_head(sin)), {"interleaved": 0}, (anchor.outputs[0],)
-    )
+    angles = _per_head(cos, half), _per_head(sin, half)
+    return Match("rope", ROTARY_EMBEDDING, anchor, (x, *angles), {"interleaved": 0}, (anchor.outputs[0],))
 
 
 def _half_times(value: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -57,15 +53,15 @@ def _half(value: ir.Value) -> tuple[ir.Value, int, int]:
     step = integers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else [1]
     if start is None or end is None or axis is None or step != [1] or axis not in ([3], [-1]):
         raise Refusal("not a slice with constant bounds over the last axis", node)
-    return operand(node, 0), start[0], min(end[0], _END)
+    return operand(node, 0), start[0], end[0]
 
 
-def _per_head(value: ir.Value) -> ir.Value:
+def _per_head(value: ir.Value, half: int) -> ir.Value:
     """cos or sin [B, T, d] behind the Unsqueeze that lets it broadcast over heads."""
     node = made_by(value, "Unsqueeze")
     source = operand(node, 0)
-    if integers(operand(node, 1)) != [1] or len(dims(source)) != 3:
-        raise Refusal("cosine and sine are not [B, T, d] broadcast over the heads", node)
+    if integers(operand(node, 1)) != [1] or len(dims(source)) != 3 or dims(source)[2] != half:
+        raise Refusal(f"cosine and sine are not [B, T, {half}] broadcast over the heads", node)
     return source
 
 

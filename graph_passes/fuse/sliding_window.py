@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from graph_passes.driver_types import Match, Rule
 from graph_passes.graph import Refusal, data_leaves, dims, operand
-from graph_passes.ops import GROUPED_QUERY_ATTENTION, SLIDING_WINDOW_ATTENTION
-from graph_passes.ops.sliding_window_attention import FULL, boundary_rows, visible_pairs
+from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
+from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION, boundary_rows, visible_pairs
 from graph_passes.region import Region
 
 LONGEST_WINDOW = 2**20
@@ -30,13 +30,10 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
     if len(leaves) != 2 or len(vectors) != 2:
         names = ", ".join(repr(leaf.name) for leaf in leaves) or "nothing"
         raise Refusal(f"the mask should depend on two int64 [B] values, but depends on {names}", visible.producer())
-    slots_dim = dims(visible)[3]
-    if dims(key)[2] != slots_dim:
-        raise Refusal(f"the mask has {slots_dim} keys and the ring {dims(key)[2]} slots", visible.producer())
     reasons = []
     for start, count in itertools.permutations(vectors):
-        mask = _Mask(model, visible, start, count, query, key)
         try:
+            mask = _Mask(model, visible, start, count)
             window = mask.read_window()
             mask.confirm(window)
         except Refusal as refusal:
@@ -57,10 +54,8 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
 class _Mask:
     """The mask's subgraph as a function of start, count, T and S."""
 
-    def __init__(
-        self, model: ir.Model, visible: ir.Value, start: ir.Value, count: ir.Value, query: ir.Value, key: ir.Value
-    ) -> None:
-        # Query and key lend the mask their shapes; a mask that asks others for T and S finds the same symbols there.
+    def __init__(self, model: ir.Model, visible: ir.Value, start: ir.Value, count: ir.Value) -> None:
+        # Whichever value the mask asks for T and S, it finds these symbols there.
         self._tokens_dim, self._slots_dim = dims(visible)[2], dims(visible)[3]
         self._region = Region(model, [start, count], [visible])
         self._visible = visible
@@ -104,6 +99,4 @@ class _Mask:
                         )
 
 
-RULE = Rule(
-    "sliding_window", SLIDING_WINDOW_ATTENTION, frozenset({("cierzo", GROUPED_QUERY_ATTENTION.name)}), match
-)
+RULE = Rule("sliding_window", SLIDING_WINDOW_ATTENTION, frozenset({("cierzo", GROUPED_QUERY_ATTENTION.name)}), match)

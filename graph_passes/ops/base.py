@@ -51,10 +51,12 @@ class PluginOp:
         declared = ", ".join(f"{name}: {kind}" for name, kind in self.attributes.items())
         text = (
             f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
-            f"{self.name} {f'<{declared}>' if declared else ''} ({', '.join(self.inputs)}) => ({', '.join(self.outputs)})\n"
+            f"{self.name} {f'<{declared}>' if declared else ''} "
+            f"({', '.join(self.inputs)}) => ({', '.join(self.outputs)})\n"
             f"{{\n{self.body(attributes)}\n}}\n"
         )
-        return ir.from_proto(onnx.parser.parse_function(text))
+        proto: onnx.FunctionProto = onnx.parser.parse_function(text)
+        return ir.serde.deserialize_function(proto)
 
     def node(self, inputs: Sequence[ir.Value], attributes: Attributes, outputs: Sequence[ir.Value]) -> ir.Node:
         """A node of this op, marked so that TensorRT's parser looks for a plugin before it inlines the body."""

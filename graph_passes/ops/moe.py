@@ -74,7 +74,7 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
     """Small experts (their sizes do not enter the routing) under every choice of K among E, each expert used."""
     E = static(shapes[3], 0, 4)
     K = static(shapes[1], 1, 2)
-    C, I = 12, 10  # noqa: E741
+    C, I = 12, 10
     for N in (1, 2 * E + 1):
         x = rng.standard_normal((N, C), dtype=np.float32)
         expert = np.stack([rng.permutation(E)[:K] for _ in range(N)]).astype(np.int64)

@@ -44,10 +44,11 @@ def _body(attributes: Attributes) -> str:
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
     """Chunks that start at 0, end in the last slot, wrap, and wrap for the third time; full, partial and empty rows."""
     G, D = static(shapes[0], 1, 2), static(shapes[0], 3, 4)
-    S = static(shapes[0], 2, 7)
-    for T in sorted({1, min(3, S), S}):
-        starts = np.array([0, S - T, S - 1, S, 3 * S - 1, 2**31 + 5], np.int64)
-        counts = np.array([T, T, T, max(T - 1, 0), T, 0], np.int64)
+    # Two sizes where the ring's is open, or slots counted modulo a constant would pass with a ring of that size.
+    sizes = {static(shapes[0], 2, 7), static(shapes[0], 2, 10)}
+    for S, T in sorted({(slots, tokens) for slots in sizes for tokens in (1, min(3, slots), slots)}):
+        starts = np.array([0, S - T, S - 1, S, 3 * S - 1, 2**31 + 5, S + 1], np.int64)
+        counts = np.array([T, T, T, T - 1, T, T, 0], np.int64)
         ring = rng.standard_normal((len(starts), G, S, D), dtype=np.float32)
         new = rng.standard_normal((len(starts), G, T, D), dtype=np.float32)
         yield ring, new, starts, counts

@@ -68,11 +68,10 @@ def visible_pairs(
     return np.asarray(visible)
 
 
-def boundary_rows(
-    window: int, tokens: int, slots: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows (start, count) at every border: empty ring, W − 1, W, W + 1, ring full, ring wrapped, partly padded."""
+def boundary_rows(window: int, tokens: int, slots: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Rows (start, count) at every border: empty ring, W − 1, W, W + 1, ring full, ring wrapped, partly padded, 2³¹."""
     borders = {0, 1, window - 1, window, window + 1, slots - tokens, slots - 1, slots, slots + 1, 3 * slots + 2}
+    borders.add(2**31 + 5)
     starts = sorted(border for border in borders if border >= 0)
     rows = [(start, tokens) for start in starts] + [(start, max(1, tokens - 1)) for start in starts]
     return np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows], np.int64)

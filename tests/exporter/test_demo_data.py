@@ -1,4 +1,4 @@
-"""The demo's checkpoints are what they claim to be: the Hugging Face layout, trained, with tokenizers that lose nothing.
+"""The demo's checkpoints are what they claim to be: the Hugging Face layout, trained, tokenizers that lose nothing.
 
 `transformers` is the judge here: it must find every tensor it wants and no other, and predict unseen text well.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from exporter.demo_data import DEMO_CHECKPOINTS, HELDOUT_FILE, demo_checkpoint
 from exporter.demo_data.corpus import HELDOUT_SEED, MIN_PARAGRAPH_WORDS, make_story, stories
 from exporter.demo_data.grammar import Character, Narrator
 
-#: 1.15 times what was measured; an untrained model of this vocabulary is near 1000.
-PERPLEXITY_BOUND = {"mistral": 2.0, "mixtral": 2.0}
+#: 1.15 times what was measured, 1.623 and 1.617; an untrained model of this vocabulary is beyond 1000.
+PERPLEXITY_BOUND = {"mistral": 1.87, "mixtral": 1.86}
 
 each_checkpoint = pytest.mark.parametrize("name", DEMO_CHECKPOINTS)
 
@@ -79,8 +80,6 @@ def test_stories_are_whole_and_leave_no_notation_behind() -> None:
 
 
 def test_pronouns_agree_with_the_name_they_stand_for() -> None:
-    import random
-
     people = {"H": Character("Ana", True, "miller"), "F": Character("Leo", False, "baker")}
     seen = set()
     for seed in range(50):
@@ -92,8 +91,6 @@ def test_pronouns_agree_with_the_name_they_stand_for() -> None:
 
 
 def test_a_pronoun_is_not_used_when_two_could_be_meant() -> None:
-    import random
-
     people = {"H": Character("Ana", True, "miller"), "F": Character("Inés", True, "baker")}
     for seed in range(50):
         narrator = Narrator(random.Random(seed), {}, {}, people)
@@ -140,9 +137,9 @@ def test_mixtral_is_sharded_with_one_tensor_for_each_expert() -> None:
 
 def test_the_two_configs_are_of_the_two_generations() -> None:
     older, newer = (json.loads((demo_checkpoint(name) / "config.json").read_text()) for name in DEMO_CHECKPOINTS)
-    assert older["rope_theta"] == 10000.0 and older["torch_dtype"] == "bfloat16"
+    assert (older["rope_theta"], older["torch_dtype"]) == (10000.0, "bfloat16")
     assert older["head_dim"] != older["hidden_size"] // older["num_attention_heads"]
-    assert newer["rope_parameters"]["rope_type"] == "default" and newer["dtype"] == "bfloat16"
+    assert (newer["rope_parameters"]["rope_type"], newer["dtype"]) == ("default", "bfloat16")
     assert (older["sliding_window"], newer["sliding_window"]) == (32, 24)
 
 
@@ -155,10 +152,30 @@ def test_perplexity_of_unseen_text_is_that_of_a_trained_model(name: str) -> None
     assert math.exp(loss.item()) < PERPLEXITY_BOUND[name]
 
 
+def test_no_expert_is_idle_in_any_layer() -> None:
+    """Each is chosen for at least 5 % of the tokens (even shares: 50 %; measured: 14 % to 73 %)."""
+    model, _ = load("mixtral")
+    ids = tokenizer_of("mixtral").encode(heldout_text()).ids
+    with torch.no_grad():
+        routers = model(input_ids=torch.tensor([ids]), use_cache=False, output_router_logits=True).router_logits
+    assert len(routers) == 3
+    for router_logits_NE in routers:
+        chosen = router_logits_NE.topk(2).indices.flatten()
+        shares = torch.bincount(chosen, minlength=4) / len(ids)
+        assert shares.min() > 0.05, shares
+
+
 @each_checkpoint
-def test_every_expert_is_used(name: str) -> None:
-    if name == "mistral":
-        pytest.skip("dense")
+def test_attention_honours_the_window(name: str) -> None:
+    """No logit hears of a token L * (W - 1) + 1 places back, and logits do hear of one half as far."""
+    model, _ = load(name)
+    reach = model.config.num_hidden_layers * (model.config.sliding_window - 1)
+    ids = tokenizer_of(name).encode(heldout_text()).ids[: reach + 2]
+    before = next_token_logits(model, ids)[-1]
+    for position, moves in ((0, False), (len(ids) - 1 - reach // 2, True)):
+        changed = [*ids]
+        changed[position] = (changed[position] + 37) % model.config.vocab_size
+        assert (not torch.equal(next_token_logits(model, changed)[-1], before)) == moves
 
 
 @each_checkpoint

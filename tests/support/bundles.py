@@ -1,0 +1,90 @@
+"""Checkpoints and bundles that tests share, made once per process.
+
+Tracing takes seconds and depends only on the shape of the model: not on chunk, context, number of layers or weights.
+So traces are shared as well, between all bundles of one template. A test of the exporter holds a bundle made this way
+equal, byte for byte, to one made without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import onnx_ir as ir
+import torch
+
+import exporter.compile
+from exporter.plan import ExportPlan
+from exporter.trace import trace
+from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.config import ModelConfig
+from runtime import Session, load
+from tests.support.checkpoints import make_checkpoint
+
+torch.set_num_threads(1)
+logging.getLogger("torch.__trace").propagate = False  # thousands of records per trace, which pytest would collect
+
+_ROOT = tempfile.TemporaryDirectory(prefix="cierzo-bundles-")
+_traces: dict[ModelConfig, ir.Model] = {}
+_made: dict[str, Path] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A checkpoint and the bundle that was made from it. Tests read both and change neither."""
+
+    checkpoint: Path
+    bundle: Path
+
+    def opened(self) -> Checkpoint:
+        """The checkpoint, open."""
+        return open_checkpoint(self.checkpoint)
+
+    def session(self) -> Session:
+        """A fresh session on one thread."""
+        return load(self.bundle, threads=1)
+
+
+def checkpoint(**settings: Any) -> Path:
+    """`make_checkpoint(**settings)`, once."""
+    return _once(f"checkpoint {sorted(settings.items())}", lambda folder: make_checkpoint(folder, **settings))
+
+
+def exported(*, chunk: int = 4, context: int | None = None, max_batch: int = 4, **settings: Any) -> Exported:
+    """The bundle of `checkpoint(**settings)` with these options, once; every fusion in it was proved."""
+    source = checkpoint(**settings)
+
+    def make(folder: Path) -> None:
+        with shared_traces():
+            exporter.compile.export(source, folder, chunk=chunk, context=context, max_batch=max_batch)
+
+    return Exported(source, _once(f"bundle {source.name} {chunk} {context} {max_batch}", make))
+
+
+@contextlib.contextmanager
+def shared_traces() -> Iterator[None]:
+    """Within this block an export traces only those templates that no export before it has traced."""
+    with mock.patch.object(exporter.compile, "trace", trace_once):
+        yield
+
+
+def trace_once(plan: ExportPlan) -> ir.Model:
+    """A copy of the trace of the plan's template."""
+    key = replace(plan.template, dtype="float32")  # how the weights are stored is no matter of the graph
+    if key not in _traces:
+        _traces[key] = trace(plan)
+    return _traces[key].clone()
+
+
+def _once(key: str, make: Callable[[Path], object]) -> Path:
+    if key not in _made:
+        folder = Path(_ROOT.name) / str(len(_made))
+        make(folder)
+        _made[key] = folder
+    return _made[key]

@@ -1,0 +1,99 @@
+"""Feeding an engine and holding its logits against the reference and against transformers.
+
+Truth is the reference in float64, which tests/reference/test_model.py holds against transformers. There is one budget
+for all cases, `reference.parity.budget`, and no test loosens it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from reference.checkpoint import Checkpoint
+from reference.oracle import Oracle
+from reference.parity import Budget, budget, position_errors
+from reference.weights import bind, load_parameter
+from runtime import Session
+from tests.support.bundles import Exported
+from tests.support.checkpoints import load_oracle, oracle_logits
+
+Rows = list[list[int]]
+Logits = list[NDArray[np.float32]]
+Filled = TypeVar("Filled", bound=nn.Module)
+
+
+def boundary_lengths(window: int, chunk: int) -> list[int]:
+    """W − 1, W, W + 1, 2W + 1, 3W + C."""
+    return sorted({n for n in (window - 1, window, window + 1, 2 * window + 1, 3 * window + chunk) if n >= 1})
+
+
+def random_rows(lengths: Sequence[int], vocab_size: int, seed: int) -> Rows:
+    """Rows of token ids of these lengths."""
+    rng = np.random.default_rng(seed)
+    return [[int(token) for token in rng.integers(0, vocab_size, length)] for length in lengths]
+
+
+def uneven_feeds(rows: Rows, seed: int) -> list[Rows]:
+    """The rows cut at random places into the same number of feeds; a row may idle in any feed but the first."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 2 + max(len(row) for row in rows) // 2))
+    cuts = [[0, *sorted(rng.integers(1, len(row) + 1, count - 1).tolist()), len(row)] for row in rows]
+    feeds = [[row[c[i] : c[i + 1]] for row, c in zip(rows, cuts, strict=True)] for i in range(count)]
+    return [feed for feed in feeds if any(feed)]
+
+
+def feed(session: Session, feeds: list[Rows]) -> Logits:
+    """Logits [T, V] of each row, after a reset."""
+    session.reset()
+    pieces: list[Logits] = []
+    for rows in feeds:
+        logits_BTV = session.forward(rows)
+        pieces.append([logits_BTV[index, : len(row)] for index, row in enumerate(rows)])
+    return [np.concatenate(row) for row in zip(*pieces, strict=True)]
+
+
+def largest_error(truth: Sequence[NDArray[np.floating]], logits: Sequence[NDArray[np.floating]]) -> float:
+    """Largest |difference| over all rows; infinite where a logit is not finite."""
+    return max(float(position_errors(a, b).max()) for a, b in zip(truth, logits, strict=True))
+
+
+def fill(module: Filled, checkpoint: Checkpoint, dtype: torch.dtype) -> Filled:
+    """A model of the reference that was made on the meta device, with the checkpoint's weights."""
+    state = {name: load_parameter(checkpoint, source, dtype) for name, source in bind(checkpoint).items()}
+    if checkpoint.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["embed_tokens.weight"]
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+class Judge:
+    """Truth, reference and transformers for one checkpoint."""
+
+    def __init__(self, case: Exported) -> None:
+        checkpoint = case.opened()
+        self.vocab_size = checkpoint.config.vocab_size
+        self._oracle = Oracle(checkpoint)
+        self._transformers = load_oracle(case.checkpoint)
+
+    def truth_and_budget(self, rows: Rows) -> tuple[list[NDArray[np.float64]], Budget]:
+        """The reference's logits in float64, and what an engine in float32 may be away from them."""
+        truth = [logits.numpy() for logits in self._oracle.logits(rows, torch.float64)]
+        reference = [logits.numpy() for logits in self._oracle.logits(rows, torch.float32)]
+        return truth, budget(truth, reference, "float32")
+
+    def transformers(self, rows: Rows) -> Logits:
+        """Logits [T, V] of each row by transformers in float32, each row alone."""
+        return [oracle_logits(self._transformers, torch.tensor([row]))[0].numpy() for row in rows]
+
+    def hold(self, session: Session, rows: Rows, seed: int) -> None:
+        """Feed `rows` in uneven pieces; assert the engine within its budget of the truth and of transformers."""
+        logits = feed(session, uneven_feeds(rows, seed))
+        truth, allowed = self.truth_and_budget(rows)
+        lengths = [len(row) for row in rows]
+        assert largest_error(truth, logits) <= allowed.allowed, (lengths, allowed)
+        assert largest_error(self.transformers(rows), logits) <= allowed.allowed, (lengths, allowed)
