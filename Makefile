@@ -42,9 +42,9 @@ $(STAMP): pyproject.toml Makefile
 demo: setup
 	$(PY) -m exporter demo
 
-# pytest comes last: its closing line is the verdict.
+# pytest comes last: its closing line is the verdict. A file stays with one process, whose bundles its tests share.
 test: lint
-	$(PY) -m pytest -n $(JOBS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .

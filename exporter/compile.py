@@ -26,8 +26,8 @@ from exporter.trace import (
 )
 from exporter.weights import WEIGHTS_FILE, bind_weights, weight_bytes, write_weights
 from graph_passes import pipeline
-from graph_passes.ops import DOMAIN, OPSET, SLIDING_WINDOW_ATTENTION
-from graph_passes.ops.sliding_window_attention import FULL
+from graph_passes.ops import DOMAIN, OPSET
+from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION
 from graph_passes.region import IR_VERSION
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.weights import WeightSource, bind

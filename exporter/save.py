@@ -41,7 +41,10 @@ def refuse_full_disk(out: Path, nbytes: int) -> None:
 
 @contextlib.contextmanager
 def bundle_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` in one step when the block ends without an exception."""
+    """A folder to write into, which becomes `out` in one step when the block ends without an exception.
+
+    Raises ExportError when the operating system refuses a write, for instance because the disk is full.
+    """
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         yield partial
@@ -52,6 +55,9 @@ def bundle_folder(out: Path) -> Iterator[Path]:
         refuse_existing(out)
         partial.rename(out)
         _sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ExportError(f"Writing {out} failed: {error}. Nothing was left behind.") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

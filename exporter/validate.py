@@ -20,7 +20,7 @@ from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.parity import Budget, budget, position_errors
 from runtime import load
 from runtime.backends import DEFAULT_BACKEND
-from runtime.errors import CheckpointError, ParityError
+from runtime.errors import CheckpointError
 from runtime.session import Session
 
 __all__ = ["ValidationReport", "render", "validate"]
@@ -58,7 +58,7 @@ def validate(
     """Compare the engine of `bundle` with the reference model of `checkpoint` (default: the one it was made from).
 
     Parity that fails is a report with `passed` False. Raises BundleError, CheckpointError and BackendError when the
-    comparison cannot be run at all, and ParityError when the two are not even the same model.
+    comparison cannot be run at all, for instance because the two are not even the same model.
     """
     import torch
 
@@ -113,8 +113,9 @@ def _open(session: Session, checkpoint: str | Path | None) -> Checkpoint:
     for name in ("architecture", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
         ours, theirs = getattr(model, name), getattr(config, name)
         if ours != theirs:
-            raise ParityError(
-                f"The bundle has {name} = {ours} and the checkpoint {path} has {theirs}: they are not the same model."
+            raise CheckpointError(
+                f"The bundle has {name} = {ours} and the checkpoint {path} has {theirs}: they are not the same model, "
+                "so there is nothing to compare. Name the checkpoint that the bundle was made from."
             )
     return opened
 

@@ -49,7 +49,7 @@ def write_weights(
 ) -> WrittenWeights:
     """Write every parameter as float32 into a safetensors file at `path`, in the order of `sources`.
 
-    Raises CheckpointError for a float64 value that float32 cannot hold, and OSError when the disk is full.
+    Raises CheckpointError for a float64 value that float32 cannot hold, and OSError as the disk does.
     """
     header, relative = _header(sources)
     digest = hashlib.sha256(header)

@@ -40,8 +40,8 @@ TOLERANCES: dict[str, Tolerance] = {
         ceiling=1e-4,
         reason=(
             "the engine adds in another order and rounds exp, cos and sin otherwise; over the boundary suite its error "
-            "is about that of the reference (median ratio near 1, largest below 2), while a window that is off by one "
-            "or a token in a wrong slot moves logits by more than 1e-2 of their range"
+            "is about that of the reference (223 runs: median ratio 1.08, 95 % below 1.79, and 2.91 once where both "
+            "errors are below the floor), while one layer's window off by one exceeds the budget thousands of times"
         ),
     ),
 }

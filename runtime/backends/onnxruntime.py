@@ -23,8 +23,8 @@ from runtime.rolling_kv import RollingKV
 CAPABILITIES = Capabilities(
     name="onnxruntime",
     devices=("cpu",),
-    kv_dtypes=("float32", "float16"),
-    weight_dtypes=("fp32", "fp16", "bf16", "int8", "int4"),
+    kv_dtypes=("float32",),
+    weight_dtypes=("fp32",),
 )
 
 _ELEMENT_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}

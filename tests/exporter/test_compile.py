@@ -22,7 +22,7 @@ from exporter.plan import ExportPlan, make_plan
 from reference.checkpoint import open_checkpoint
 from reference.weights import bind
 from runtime import load
-from runtime.errors import BundleError, FusionError, TraceError
+from runtime.errors import BundleError, ExportError, FusionError, TraceError
 from runtime.rolling_kv import kv_bytes
 from tests.support.bundles import checkpoint, exported, shared_traces
 from tests.support.checkpoints import load_oracle
@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(exporter.compile, "write_manifest", full)
-    with shared_traces(), pytest.raises(OSError, match="No space left"):
+    with shared_traces(), pytest.raises(ExportError, match=r"Writing .* failed: .*No space left"):
         export(checkpoint(), tmp_path / "bundle", chunk=4)
     assert names(tmp_path) == []
 

@@ -18,7 +18,7 @@ from exporter import export
 from exporter.cli import cli
 from exporter.validate import render, validate
 from exporter.validation_report import Check, ValidationReport
-from runtime.errors import CheckpointError, ParityError
+from runtime.errors import CheckpointError
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -120,7 +120,7 @@ def test_other_weights_fail(bundle: Path, tmp_path: Path) -> None:
 
 def test_another_model_cannot_be_compared(bundle: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path, window=5, num_layers=3)
-    with pytest.raises(ParityError, match=r"num_layers = 2 and the checkpoint .* has 3"):
+    with pytest.raises(CheckpointError, match=r"num_layers = 2 and the checkpoint .* has 3"):
         validate(bundle, other)
 
 

@@ -1,0 +1,143 @@
+"""RopeConfig: every spelling that is read, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from reference.config import ModelConfig
+from reference.rope_config import RopeConfig
+from runtime.errors import ConfigError
+from tests.support.config_json import refusal, small
+
+CLASSES = {
+    "mistral": transformers.MistralConfig,
+    "mixtral": transformers.MixtralConfig,
+    "ministral": transformers.MinistralConfig,
+}
+
+
+def of_transformers(config: dict[str, Any]) -> Any:
+    """The config object of transformers for the same JSON."""
+    return CLASSES[config["model_type"]](**{key: value for key, value in config.items() if key != "model_type"})
+
+
+def test_theta_inside_or_outside() -> None:
+    assert ModelConfig.from_hf(small(rope_theta=5e5)).rope.theta == 5e5
+    assert ModelConfig.from_hf(small(rope_parameters={"rope_theta": 5e5})).rope.theta == 5e5
+    scaled = small(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2})
+    assert ModelConfig.from_hf(scaled).rope == RopeConfig(theta=5e5, type="linear", factor=2.0)
+    assert ModelConfig.from_hf(small("mixtral", rope_scaling={"type": "linear", "factor": 2})).rope.theta == 1e6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_factor": 0.5},
+        {"mscale": 0.7, "mscale_all_dim": 0.9},
+        {"mscale": 0.7, "mscale_all_dim": 0},
+        {"factor": 0.5},
+        {"factor": None},
+    ],
+    ids=str,
+)
+def test_yarn_attention_factor_is_that_of_transformers(changes: dict[str, Any]) -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128} | changes
+    ours = ModelConfig.from_hf(small(rope_theta=1e4, rope_scaling=rope)).rope
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](of_transformers(small(rope_theta=1e4, rope_scaling=dict(rope))))
+    assert ours.attention_factor == pytest.approx(expected, rel=1e-12)
+    assert ours.factor == (4.0 if rope["factor"] is None else rope["factor"])
+
+
+@pytest.mark.parametrize("where", ["inside", "outside", "nowhere"])
+def test_original_length_as_transformers_finds_it(where: str) -> None:
+    rope: dict[str, Any] = {"type": "yarn", "factor": 2.0}
+    config = small(rope_theta=1e4, rope_scaling=rope)
+    (rope if where == "inside" else config if where == "outside" else {})["original_max_position_embeddings"] = 128
+    ours = ModelConfig.from_hf(config).rope
+    theirs = of_transformers(json.loads(json.dumps(config)))
+    ROPE_INIT_FUNCTIONS["yarn"](theirs)  # only now does a value at the top level take effect there
+    assert ours.original_max_position_embeddings == theirs.rope_parameters["original_max_position_embeddings"]
+    assert ours.original_max_position_embeddings == (512 if where == "nowhere" else 128)
+
+
+def test_yarn_defaults() -> None:
+    rope = ModelConfig.from_hf(small(rope_scaling={"type": "yarn", "factor": 2.0})).rope
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate) == (32.0, 1.0, True)
+    assert not ModelConfig.from_hf(small(rope_scaling={"type": "yarn", "factor": 2.0, "truncate": False})).rope.truncate
+
+
+def test_equal_old_and_new_spelling_may_stand_together() -> None:
+    config = small(
+        rope_parameters={"rope_type": "linear", "factor": 2.0}, rope_scaling={"type": "linear", "factor": 2.0}
+    )
+    assert ModelConfig.from_hf(config).rope.factor == 2.0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "su", "mrope", "nonsense"])
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_other_rope_types_are_refused(kind: str, spelling: str) -> None:
+    message = refusal(small(rope_scaling={spelling: kind, "factor": 2.0}))
+    assert f'rope_scaling.{spelling} = "{kind}"' in message
+    assert "default, linear, llama3, yarn" in message
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rope_scaling": {"type": "linear"}}, "no rope_scaling.factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor = 0, but it must be finite"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'rope_scaling.factor = "2", but a number'),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling.factor = true, but a number"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "type says 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "depth": 1}}, "--ignore-config-key rope_scaling.depth"),
+        ({"rope_scaling": {"type": "default", "factor": 2}}, "RoPE type default has no such parameter"),
+        ({"rope_scaling": "linear"}, "an object or null"),
+        ({"rope_scaling": {"type": 3}}, "a string belongs there"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates all of each head's dimensions"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ by kind of layer"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_theta": 1e6}, "rope_parameters says rope_theta = 10000.0"),
+        ({"rope_parameters": {"rope_theta": -1}}, "finite and greater than zero"),
+        ({"rope_theta": float("inf")}, "finite and greater than zero"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2}},
+            "the old and the new spelling of one thing",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
+            "the first must be the larger",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}}, "must not be the smaller"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1}, "must exceed 1"),
+        (
+            {
+                "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64},
+                "original_max_position_embeddings": 128,
+            },
+            "rope_scaling.original_max_position_embeddings says 64",
+        ),
+    ],
+    ids=lambda value: None if isinstance(value, str) else json.dumps(value),
+)
+def test_rope_refusals(changes: dict[str, Any], words: str) -> None:
+    assert words in refusal(small(**changes))
+
+
+def test_ignored_rope_key() -> None:
+    config = small(rope_scaling={"type": "linear", "factor": 2, "depth": 1})
+    assert ModelConfig.from_hf(config, ignore_keys=["rope_scaling.depth"]).rope.factor == 2.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"type": "dynamic"}, {"theta": 0.0}, {"factor": float("nan")}, {"type": "yarn"}, {"type": "llama3"}],
+    ids=str,
+)
+def test_rope_config_refuses_contradictions_at_construction(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        RopeConfig(**({"theta": 1e4} | changes))
