@@ -1,0 +1,35 @@
+"""The graphs of published models, at full size and without a single weight: fused, proved and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from exporter.compile import build_graph, expected_nodes
+from exporter.plan import make_plan
+from graph_passes.prove import TOLERANCE
+from reference.config import ModelConfig
+
+CONFIGS = Path(__file__).parents[1] / "support" / "configs"
+
+
+@pytest.mark.parametrize("name", ["Mistral-7B-v0.1", "Ministral-8B", "Mistral-Nemo-12B", "Mixtral-8x22B"])
+def test_a_published_model_fuses_at_full_size(name: str) -> None:
+    config = ModelConfig.from_hf(json.loads((CONFIGS / f"{name}.json").read_text()))
+    plan = make_plan(config)
+    model, report = build_graph(plan)
+    counts = {op: sum(node.op_type == op for node in model.graph) for op in expected_nodes(plan)}
+    assert counts == expected_nodes(plan)
+    layers = config.num_layers
+    assert counts["SlidingWindowAttention"] == layers
+    assert counts["RotaryEmbedding"] == counts["RollingKVWrite"] == 2 * layers
+    assert counts["MixtureOfExperts"] == (layers if config.moe else 0)
+    assert report.largest_error is not None
+    assert report.largest_error <= TOLERANCE
+    rings = [v for v in model.graph.inputs if str(v.name).startswith("past.")]
+    assert len(rings) == 2 * layers
+    for ring in rings:
+        assert ring.shape is not None
+        assert list(ring.shape)[1:] == [config.num_kv_heads, plan.capacity(0), config.head_dim]
