@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the engine does not compute the reference's function, 2 it
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -105,7 +106,11 @@ def inspect(path: Path, ignored: tuple[str, ...], as_json: bool) -> None:
 @click.option("--weights", type=click.Choice(WEIGHTS), default="fp32", show_default=True, help="Type of the weights.")
 @click.option("--chunk", type=click.IntRange(min=1), help="Most tokens of a row in one step.  [default: chosen]")
 @click.option("--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Most rows in one step.")
-@click.option("--context", type=click.IntRange(min=1), help="Tokens that layers without a window can hold.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens that layers without a window can hold.  [default: the checkpoint's, at most 4096]",
+)
 @click.option("--no-prove", is_flag=True, help="Do not run each rewritten region against the original.")
 @click.option("--dump-passes", type=FOLDER, help="Write the graph after each pass into this folder.")
 @ignore_option
@@ -139,9 +144,14 @@ def export(
             ignore_config_keys=ignored,
         )
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
+    fusion = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["fusion"]
     if as_json:
-        print_json({"bundle": str(bundle), "bytes": size})
+        print_json({"bundle": str(bundle), "bytes": size, "fusion": fusion})
     else:
+        from exporter.fusion_table import draw_fusion
+
+        for table in draw_fusion(fusion):
+            output().print(table)
         click.echo(f"wrote {bundle} ({size / 1e6:,.1f} MB)")
 
 

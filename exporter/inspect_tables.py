@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from exporter.fusion_table import draw_fusion
 from exporter.inspect import BundleFacts, InspectReport, KVUse, ParameterCount, ReceptiveField, StoredTensors
 
 _LABELS = {"embedding": "embedding", "mlp": "MLP", "norms": "norms", "lm_head": "lm_head"}
@@ -29,8 +29,8 @@ def draw(report: InspectReport, console: Console) -> None:
     if report.bundle is not None:
         console.print(_bundle_table(report.bundle))
         console.print(_file_table(report.bundle.files))
-        if report.bundle.fusion:
-            console.print(_fusion_table(report.bundle.fusion))
+        for table in draw_fusion(report.bundle.fusion):
+            console.print(table)
 
 
 def count(number: int) -> str:
@@ -191,25 +191,3 @@ def _file_table(files: Mapping[str, int]) -> Table:
     for name, nbytes in files.items():
         table.add_row(escape(name), size(nbytes), f"{nbytes:,}")
     return table
-
-
-def _fusion_table(fusion: Mapping[str, Any]) -> Table:
-    """Every number of the pipeline's report, by its place in the report."""
-    table = _table("Fusion", "what", "count")
-    for name, value in _numbers("", fusion):
-        table.add_row(escape(name), f"{value:,}" if isinstance(value, int) else f"{value:.2e}")
-    return table
-
-
-def _numbers(place: str, value: object) -> list[tuple[str, int | float]]:
-    if isinstance(value, bool):
-        return []
-    if isinstance(value, (int, float)):
-        return [(place, value)]
-    if isinstance(value, Mapping):
-        name = value.get("name")
-        start = f"{place} {name}".strip() if isinstance(name, str) else place
-        return [pair for key, part in value.items() for pair in _numbers(f"{start} {key}".strip(), part)]
-    if isinstance(value, list):
-        return [pair for part in value for pair in _numbers(place, part)]
-    return []

@@ -50,30 +50,22 @@ class ExportPlan:
 def make_plan(
     config: ModelConfig, *, chunk: int | None = None, max_batch: int = DEFAULT_MAX_BATCH, context: int | None = None
 ) -> ExportPlan:
-    """Fill in the defaults and refuse contradictions with ExportError.
+    """Fill in the defaults; raises ExportError for a number that is none or below 1.
 
     chunk defaults to 256 tokens, but not more than the smallest window (nor less than 16): the ring holds W + C − 1
-    positions, and a chunk far larger than the window would make it mostly slack. context defaults to the checkpoint's
-    max_position_embeddings, at most 4096, and is refused where every layer slides, since it would mean nothing.
+    positions, and a chunk far larger than the window would make it mostly slack. It is never more than the context,
+    since no step can have more tokens. context defaults to the checkpoint's max_position_embeddings, at most 4096; where
+    every layer slides it has no meaning, as any length runs in the same memory, and the plan has None.
     """
     for name, number in (("chunk", chunk), ("max_batch", max_batch), ("context", context)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ExportError(f"{name} is {number!r}, but must be a whole number of at least 1.")
     kinds = tuple(dict.fromkeys(config.layer_windows))
     windows = [window for window in kinds if window is not None]
-    if None not in kinds and context is not None:
-        raise ExportError(
-            f"--context {context} was given, but every layer of this model slides over a window of at most "
-            f"{max(windows)} tokens: its memory does not depend on the context, which has no end. Leave --context away."
-        )
-    if None in kinds:
-        context = context or min(config.max_position_embeddings, DEFAULT_CONTEXT)
+    context = (context or min(config.max_position_embeddings, DEFAULT_CONTEXT)) if None in kinds else None
     if chunk is None:
-        chunk = min(DEFAULT_CHUNK, max(LEAST_CHUNK, min(windows, default=DEFAULT_CHUNK)), context or DEFAULT_CHUNK)
-    if context is not None and chunk > context:
-        raise ExportError(
-            f"A chunk of {chunk} tokens does not fit into the full-attention buffer of {context} positions. Choose "
-            f"--chunk of at most {context}, or a larger --context."
-        )
+        chunk = min(DEFAULT_CHUNK, max(LEAST_CHUNK, min(windows, default=DEFAULT_CHUNK)))
+    if context is not None:
+        chunk = min(chunk, context)
     kind_of_layer = tuple(kinds.index(window) for window in config.layer_windows)
     return ExportPlan(config, kinds, kind_of_layer, chunk, context, max_batch)

@@ -211,7 +211,7 @@ def test_export_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     def export(checkpoint: Path, out: Path, **options: object) -> Path:
         seen.update(options, checkpoint=checkpoint, out=out)
         out.mkdir()
-        (out / "model.onnx").write_bytes(b"123")
+        (out / "manifest.json").write_text('{"fusion": {}}')
         return out
 
     monkeypatch.setattr("exporter.export", export)
@@ -220,7 +220,7 @@ def test_export_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     dump = tmp_path / "dump"
     result = run("export", tmp_path, tmp_path / "out", *sizes, *keys, "--dump-passes", dump, "--json")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) == {"bundle": str(tmp_path / "out"), "bytes": 3}
+    assert json.loads(result.stdout) == {"bundle": str(tmp_path / "out"), "bytes": 14, "fusion": {}}
     assert seen == {
         "checkpoint": tmp_path,
         "out": tmp_path / "out",

@@ -21,7 +21,17 @@ from runtime.errors import BundleError, CheckpointError, ConfigError
 from tests.support.checkpoints import load_oracle, make_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "support" / "configs"
-EXPORTED_FUSION = {"fusions": [{"name": "rope", "expected": 4, "matched": 4, "error": 1.5e-07, "proved": True}]}
+EXPORTED_FUSION = {
+    "nodes": {"RotaryEmbedding": 4, "GroupedQueryAttention": 0},
+    "passes": [
+        {"name": "canonicalise", "nodes_before": 297, "nodes_after": 152},
+        {"name": "rope", "nodes_before": 152, "nodes_after": 134},
+    ],
+    "fusions": [
+        {"rule": "rope", "scope": "layers.0", "error": 1.5e-07},
+        {"rule": "rope", "scope": "layers.0", "error": 0.0},
+    ],
+}
 
 
 def drawn(report: InspectReport, width: int = 80) -> str:
@@ -232,6 +242,15 @@ def test_a_bundle(tmp_path: Path) -> None:
     assert bundle.fusion == EXPORTED_FUSION
 
 
+def test_the_fusion_report_is_drawn_by_pass(tmp_path: Path) -> None:
+    text = drawn(inspect_path(write_bundle(tmp_path / "bundle")))
+    assert "297 → 152" in text
+    assert [line.split() for line in text.splitlines() if line.strip().startswith("rope")] == [
+        ["rope", "2", "layers.0", "1.5e-07", "152", "→", "134"]
+    ]
+    assert "GroupedQueryAttention" not in text  # none is left in the model
+
+
 def test_a_bundle_with_a_missing_file_is_refused(tmp_path: Path) -> None:
     folder = write_bundle(tmp_path / "bundle")
     (folder / "weights.safetensors").unlink()
@@ -291,7 +310,7 @@ def test_what_is_drawn_for_mixed_windows_and_brackets_in_a_path(tmp_path: Path) 
 
 def test_what_is_drawn_for_a_bundle(tmp_path: Path) -> None:
     text = drawn(inspect_path(write_bundle(tmp_path / "bundle")))
-    for words in ("1 x 6, 1 x 20 (float32)", "rope expected", "rope matched", "1.50e-07", "weights.safetensors"):
+    for words in ("1 x 6, 1 x 20 (float32)", "RotaryEmbedding", "1.5e-07", "weights.safetensors"):
         assert words in text
     sliding = drawn(inspect_path(write_bundle(tmp_path / "sliding", windows=(3, 4))))
     assert "unbounded, every layer slides" in sliding
