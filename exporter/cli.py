@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 the engine does not compute the reference's function, 2 it
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +16,15 @@ import click
 
 from exporter.cli_generate import generate
 from exporter.cli_options import EXISTING, FOLDER, backend_option, ignore_option, json_option
-from exporter.console import READER_GONE, output, print_json, progress_bars, report_error
+from exporter.console import (
+    READER_GONE,
+    discard_stdout,
+    output,
+    prepare_streams,
+    print_json,
+    progress_bars,
+    report_error,
+)
 
 WEIGHTS = ("fp32",)
 MODELS = ("mistral", "mixtral")
@@ -38,6 +44,7 @@ class CierzoGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Notes whether a JSON object is expected, before an argument can turn out to be wrong."""
+        prepare_streams()
         options = args[: args.index("--")] if "--" in args else args
         ctx.obj = Settings(json_errors="--json" in options)
         return super().parse_args(ctx, args)
@@ -48,8 +55,7 @@ class CierzoGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # Whoever read our output has left, as `head` does. Python would complain once more when it flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_stdout()  # whoever read our output has left, as `head` does
             ctx.exit(READER_GONE)
         except click.ClickException as error:
             if settings.json_errors:

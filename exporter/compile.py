@@ -30,6 +30,7 @@ from graph_passes.ops import DOMAIN, OPSET
 from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION
 from graph_passes.region import IR_VERSION
 from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.torch_state import plain_torch
 from reference.weights import WeightSource, bind
 from runtime.errors import ExportError, FusionError
 
@@ -43,6 +44,7 @@ _VERSIONED = ("cierzo", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 Progress = Callable[[str, int, int], None]
 
 
+@plain_torch()
 def export(
     checkpoint: str | Path,
     out: str | Path,
@@ -72,13 +74,12 @@ def export(
     if weights not in WEIGHT_KINDS:
         raise ExportError(f"weights = {weights!r} is not one that this version writes ({', '.join(WEIGHT_KINDS)}).")
     refuse_existing(target)
+    dump_folder = None if dump_passes is None else _made_dump_folder(Path(dump_passes), target)
     opened = open_checkpoint(checkpoint, ignore_config_keys=ignore_config_keys)
     sources = bind(opened)
     plan = make_plan(opened.config, chunk=chunk, max_batch=max_batch, context=context)
     refuse_full_disk(target, weight_bytes(sources) + _GRAPH_ALLOWANCE)
-    model, report = build_graph(
-        plan, prove=prove, dump_folder=None if dump_passes is None else Path(dump_passes), progress=progress
-    )
+    model, report = build_graph(plan, prove=prove, dump_folder=dump_folder, progress=progress)
     options = {
         "weights": weights,
         "chunk": plan.chunk,
@@ -92,6 +93,19 @@ def export(
     return target
 
 
+def _made_dump_folder(dump_passes: Path, target: Path) -> Path:
+    """The folder for the graphs between passes; raises ExportError when it cannot be made, or lies in the bundle."""
+    folder = dump_passes.expanduser().absolute()
+    if target in (folder, *folder.parents):
+        raise ExportError(f"The passes cannot be dumped into the bundle {target} itself. Choose another folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"The folder {folder} for the dumped passes cannot be made: {error}.") from error
+    return folder
+
+
+@plain_torch()
 def build_graph(
     plan: ExportPlan, *, prove: bool = True, dump_folder: Path | None = None, progress: Progress | None = None
 ) -> tuple[ir.Model, pipeline.PipelineReport]:

@@ -5,7 +5,10 @@ rich is imported when something is drawn, so that `cierzo --help` answers at onc
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -31,12 +34,34 @@ def output() -> Console:
     """The console for results, on stdout; piped, it writes plain text no narrower than a page."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    class Output(Console):
+        """Leaves a reader that has gone to the command; rich itself would exit with 1, which says parity failed."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Output(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def prepare_streams() -> None:
+    """Makes stdout and stderr safe to write to: closed ones lead nowhere, other encodings get a `?` for a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the shell's `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the life of the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def discard_stdout() -> None:
+    """Sends what stdout still holds nowhere; Python would complain once more when it flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Writes one JSON object to stdout. Raises ValueError for NaN and infinity, which JSON does not have."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    readable = codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8"  # other encodings get \u escapes
+    print(json.dumps(value, indent=2, ensure_ascii=not readable, allow_nan=False), flush=True)
 
 
 class ProgressBars:
@@ -126,8 +151,12 @@ def report_error(error: BaseException, *, debug: bool, as_json: bool) -> int:
     text, exit_code = explain(error)
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    if as_json:
-        print_json({"error": {"type": type(error).__name__, "message": text}})
+    try:
+        if as_json:
+            print_json({"error": {"type": type(error).__name__, "message": text}})
+        sys.stdout.flush()
+    except OSError:  # a full disk, which is then most likely the error as well
+        discard_stdout()
     print(_paragraph(f"cierzo: {text}", sys.stderr), file=sys.stderr)
     return exit_code
 

@@ -54,8 +54,8 @@ def make_plan(
 
     chunk defaults to 256 tokens, but not more than the smallest window (nor less than 16): the ring holds W + C − 1
     positions, and a chunk far larger than the window would make it mostly slack. It is never more than the context,
-    since no step can have more tokens. context defaults to the checkpoint's max_position_embeddings, at most 4096; where
-    every layer slides it has no meaning, as any length runs in the same memory, and the plan has None.
+    since no step can have more tokens. context defaults to the checkpoint's max_position_embeddings, at most 4096;
+    where every layer slides it has no meaning, as any length runs in the same memory, and the plan has None.
     """
     for name, number in (("chunk", chunk), ("max_batch", max_batch), ("context", context)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,17 @@ def _status(check: Check) -> str:
     return "not run" if check.passed is None else "passed" if check.passed else "failed"
 
 
+_SPANS = 5
+"""Into how many stretches of positions the longest row is divided when it is shown."""
+
+
+def _by_position(errors: Sequence[float]) -> str:
+    """The largest error of each stretch of positions, so that one sees whether it grows along the row."""
+    width = -(-len(errors) // _SPANS)
+    spans = [(start, min(start + width, len(errors))) for start in range(0, len(errors), width)]
+    return ", ".join(f"{start}–{end - 1}: {max(errors[start:end]):.1e}" for start, end in spans)
+
+
 _COLOURS = {"passed": "green", "failed": "bold red", "not run": "yellow"}
 
 
@@ -112,6 +123,8 @@ def render(report: ValidationReport, console: Console) -> None:
         status = _status(check)
         table.add_row(Text(check.name), Text(status, style=_COLOURS[status]), error, share, Text(check.detail))
     console.print(table)
+    if report.position_errors:
+        console.print(f"Largest error by position: {_by_position(report.position_errors)}.", highlight=False)
     console.print(
         f"Budget {report.budget:.2e}: the reference itself is off by {report.reference_error:.2e} in {report.dtype} "
         f"against float64, on logits up to {report.largest_logit:.3g}.",

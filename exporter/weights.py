@@ -49,7 +49,7 @@ def write_weights(
 ) -> WrittenWeights:
     """Write every parameter as float32 into a safetensors file at `path`, in the order of `sources`.
 
-    Raises CheckpointError for a float64 value that float32 cannot hold, and OSError as the disk does.
+    Raises CheckpointError for a value that is not finite, or not in float32, and OSError as the disk does.
     """
     header, relative = _header(sources)
     digest = hashlib.sha256(header)
@@ -95,12 +95,21 @@ def _blocks(checkpoint: Checkpoint, source: WeightSource) -> Iterator[torch.Tens
             flat = rows.reshape(-1)
             for start in range(0, flat.numel(), _SLICE):
                 block = flat[start : start + _SLICE].to(torch.float32)
-                if stored.dtype == torch.float64 and not bool(block.isfinite().all()):
-                    raise CheckpointError(
-                        f"{checkpoint.path} holds {piece} with values that float32 cannot hold. There is no engine "
-                        "in float64; check that the checkpoint is not damaged."
-                    )
+                if not bool(block.isfinite().all()):
+                    raise CheckpointError(_not_finite(checkpoint, piece))
                 yield block
+
+
+def _not_finite(checkpoint: Checkpoint, piece: str) -> str:
+    if bool(checkpoint.read(piece).isfinite().all()):
+        return (
+            f"{checkpoint.path} holds {piece} with values that float32 cannot hold. There is no engine in float64; "
+            "check that the checkpoint is not damaged."
+        )
+    return (
+        f"{checkpoint.path} holds {piece} with values that are infinite or not a number, which every logit behind them "
+        "would be too. The training run or a conversion damaged the checkpoint; use an intact one."
+    )
 
 
 def bind_weights(model: ir.Model, written: WrittenWeights, folder: Path) -> None:

@@ -15,6 +15,7 @@ from reference.checkpoint import Checkpoint
 from reference.model import ContextLayer
 from reference.norm import RMSNorm
 from reference.rope import RotaryAngles
+from reference.torch_state import plain_torch
 from reference.weights import EMBEDDING, LM_HEAD, WeightSource, bind, load_parameter
 
 Progress = Callable[[str, int, int], None]
@@ -27,7 +28,7 @@ class Oracle:
         self._checkpoint = checkpoint
         self._sources: Mapping[str, WeightSource] = bind(checkpoint)
 
-    @torch.no_grad()
+    @plain_torch()
     def logits(
         self, rows: Sequence[Sequence[int]], dtype: torch.dtype, progress: Progress | None = None
     ) -> list[Tensor]:

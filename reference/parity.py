@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from runtime.errors import CheckpointError
+
 Logits = npt.NDArray[np.floating]
 
 
@@ -58,7 +60,15 @@ class Budget:
 
 
 def budget(truth: Sequence[Logits], reference: Sequence[Logits], dtype: str) -> Budget:
-    """The budget for an engine in `dtype`, from the reference's logits [T, V] in float64 and in that dtype."""
+    """The budget for an engine in `dtype`, from the reference's logits [T, V] in float64 and in that dtype.
+
+    Raises CheckpointError when the truth is not finite: the budget would be infinite, and every engine within it.
+    """
+    if not all(np.isfinite(row).all() for row in truth):
+        raise CheckpointError(
+            "The reference itself computes logits that are infinite or not a number, even in float64, so there is no "
+            "truth to hold an engine against. The checkpoint's weights are damaged; use an intact one."
+        )
     tolerance = TOLERANCES[dtype]
     largest = max(float(np.abs(row).max()) for row in truth)
     error = max(float(position_errors(a, b).max()) for a, b in zip(truth, reference, strict=True))

@@ -18,7 +18,7 @@ MANIFEST_NAME = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose files were all found with the sizes that its manifest gives."""
+    """A bundle whose files were all found with the sizes that its manifest gives; `path` is absolute."""
 
     path: Path
     manifest: Manifest
@@ -50,7 +50,8 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = False) -> Bundle
     manifest = parse_manifest(text)
     for name, expected in manifest.files.items():
         _check_file(folder, name, expected, verify)
-    return Bundle(path=folder, manifest=manifest)
+    # Absolute, because files such as the tokenizer are read later and the process may change its folder until then.
+    return Bundle(path=folder.absolute(), manifest=manifest)
 
 
 def _check_file(folder: Path, name: str, expected: FileInfo, verify: bool) -> None:

@@ -175,7 +175,7 @@ def decode(session: Session, prompts: list[Int64Array], rows: list[Row]) -> Iter
     feed: list[list[int]] = [prompt.tolist() for prompt in prompts]
     while True:
         logits_BV = session.forward_last(feed)
-        reached = session.position
+        reached = session.revision
         seen_BV = session.seen
         shown = [""] * len(rows)
         feed = [[] for _ in rows]
@@ -188,7 +188,7 @@ def decode(session: Session, prompts: list[Int64Array], rows: list[Row]) -> Iter
         yield shown
         if not any(feed):
             return
-        if (session.position != reached).any():
+        if session.revision != reached:
             raise SessionError(
                 "The session was fed or reset while a generation was running on it, so the generation cannot go on. "
                 "Let one end before the next begins, or load a second session."

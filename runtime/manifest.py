@@ -115,7 +115,7 @@ def parse_manifest(text: str) -> Manifest:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"The manifest is not valid JSON ({error}). Export the checkpoint again.") from error
     if not isinstance(document, dict):
         raise BundleError("The manifest is not a JSON object. Export the checkpoint again.")

@@ -10,8 +10,9 @@ Letters: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,12 +62,16 @@ class SamplingOptions:
         penalty = self.repetition_penalty
         _check(_is_real(penalty) and penalty > 0, "repetition_penalty", "a finite number above 0", self)
         _check(self.seed is None or (_is_int(self.seed) and self.seed >= 0), "seed", "an integer >= 0", self)
-        ids = self.stop_ids
-        listed = ids is None or (not isinstance(ids, str) and all(_is_int(item) and item >= 0 for item in ids))
-        _check(listed, "stop_ids", "a sequence of token ids", self)
-        strings = self.stop_strings
-        filled = not isinstance(strings, str) and all(isinstance(text, str) and text for text in strings)
+        # Kept as tuples: an iterator would be used up by these checks and stop nothing.
+        if self.stop_ids is not None:
+            ids = _items(self.stop_ids)
+            listed = ids is not None and all(_is_int(item) and item >= 0 for item in ids)
+            _check(listed, "stop_ids", "a sequence of token ids", self)
+            object.__setattr__(self, "stop_ids", ids)
+        strings = _items(self.stop_strings)
+        filled = strings is not None and all(isinstance(text, str) and text for text in strings)
         _check(filled, "stop_strings", "a sequence of non-empty strings", self)
+        object.__setattr__(self, "stop_strings", strings)
 
 
 class Sampler:
@@ -107,7 +112,8 @@ def penalise_repetition(scores_V: Float64Array, seen_V: BoolArray, penalty: floa
 
 def filter_scores(scores_V: Float64Array, options: SamplingOptions) -> Float64Array:
     """Apply temperature (> 0), top-k, top-p and min-p; what is filtered out becomes -infinity."""
-    scores_V = scores_V / options.temperature
+    with np.errstate(over="ignore"):  # relative to the highest, so that the least temperature gives -infinity, not NaN
+        scores_V = (scores_V - scores_V.max()) / options.temperature
     if options.top_k is not None and options.top_k < scores_V.size:
         kth = np.partition(scores_V, -options.top_k)[-options.top_k]
         scores_V = np.where(scores_V < kth, -np.inf, scores_V)
@@ -129,6 +135,11 @@ def softmax(scores_V: Float64Array) -> Float64Array:
     """Probabilities of scores, of which at least one is finite; -infinity becomes 0."""
     weights_V = np.exp(scores_V - scores_V.max())
     return np.asarray(weights_V / weights_V.sum(), dtype=np.float64)
+
+
+def _items(value: object) -> tuple[Any, ...] | None:
+    """The items of anything iterable but a text; None for everything else."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else None
 
 
 def _is_int(value: object) -> bool:

@@ -40,6 +40,9 @@ def load(
     backend, device: None takes the defaults (`onnxruntime`, `cpu`). threads: None takes one per physical core.
     verify: also compare every file's SHA-256 with the manifest.
 
+    Side effect: the first ONNX Runtime session of a process makes the thread that opens it, and threads started from
+    it later, flush denormal numbers to zero (float64 below 2.3e-308 becomes 0), for all of Python.
+
     Raises BundleError (see read_bundle) and BackendError (see runtime.backends.open_engine).
     """
     opened = read_bundle(bundle, verify=verify)
@@ -57,6 +60,7 @@ class Session:
         self._engine = engine
         self._tokenizer: Tokenizer | None = None
         self._failed = False
+        self._revision = 0
         self._start_over(engine.batch)
 
     @property
@@ -96,11 +100,21 @@ class Session:
         """bool [B, V]: the ids that each row has read since the last reset (what a repetition penalty applies to)."""
         return self._seen_BV.copy()
 
+    @property
+    def revision(self) -> int:
+        """Rises with every feed and every reset, so that whoever relies on the state can see that it was changed."""
+        return self._revision
+
     def reset(self) -> None:
         """Back to position 0 with zeroed buffers, also after a failure."""
-        self._engine.clear()
-        self._failed = False
+        failed, self._failed = self._failed, True  # until the reset is complete: it may be interrupted as well
+        self._revision += 1
+        if failed:
+            self._engine.allocate(self._engine.batch)  # anew, because the failure may have left them half bound
+        else:
+            self._engine.clear()
         self._start_over(self._engine.batch)
+        self._failed = False
 
     def forward(self, token_ids: TokenIds, *, padding: Literal["right", "left"] = "right") -> NDArray[np.float32]:
         """Feed tokens and return the logits after each of them; the state rolls on.
@@ -200,10 +214,11 @@ class Session:
 
     def _feed(self, rows: list[Int64Array]) -> Iterator[tuple[int, Int64Array, NDArray[np.float32]]]:
         """Run the steps of a checked feed; yields (offset, counts [B], logits [B, T, V], valid until the next)."""
+        self._failed = True  # until the feed is complete, the ring holds part of it
+        self._revision += 1
         if len(rows) != self.batch:
             self._engine.allocate(len(rows))
             self._start_over(len(rows))
-        self._failed = True  # until the feed is complete, the ring holds part of it
         for step in split_into_steps(rows, self._position_B.copy(), self.manifest.kv.chunk):
             logits_BTV = self._engine.step(step.input_ids_BT, step.start_positions_B, step.token_counts_B)
             yield step.offset, step.token_counts_B, logits_BTV

@@ -26,7 +26,7 @@ def as_rows(token_ids: TokenIds, vocab_size: int) -> list[Int64Array]:
             raise InputError("Token ids must be one row of integers or a list of rows, not a mixture of both.")
         rows = list(token_ids) if any(nested) else [token_ids]
     else:
-        array = np.asarray(token_ids)
+        array = _as_array(token_ids, "The token ids cannot be read")
         if array.ndim not in (1, 2):
             raise InputError(
                 f"Token ids must have the shape [B, T] or [T], not {list(array.shape)}: {array.ndim} dimensions."
@@ -44,10 +44,7 @@ def _as_row(row: Any, index: int, vocab_size: int) -> Int64Array:
         for position, item in enumerate(row):
             if isinstance(item, (bool, np.bool_)):
                 raise InputError(f"Row {index}, position {position}: {item!r} is a boolean, not a token id.")
-    try:
-        array = np.asarray(row)
-    except ValueError as error:
-        raise InputError(f"Row {index} of the token ids is not one row of integers: {error}.") from error
+    array = _as_array(row, f"Row {index} of the token ids is not one row of integers")
     if array.ndim != 1:
         raise InputError(f"Row {index} of the token ids has {array.ndim} dimensions; the batch must be [B, T] at most.")
     if array.size == 0:
@@ -63,3 +60,10 @@ def _as_row(row: Any, index: int, vocab_size: int) -> Int64Array:
             f"which has the ids 0 to {vocab_size - 1}."
         )
     return array.astype(np.int64)
+
+
+def _as_array(value: Any, complaint: str) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(value)
+    except Exception as error:  # ragged lists, and whatever the tensors of other libraries raise
+        raise InputError(f"{complaint}: {error}.") from error

@@ -44,7 +44,10 @@ ACTIVATIONS = {
 
 
 def _body(attributes: Attributes) -> str:
-    """Every expert on every token, times a weight that is mostly zero: static shapes, which any backend can run."""
+    """Every expert on every token, times a weight that is mostly zero: static shapes, which any backend can run.
+
+    Zero weights are chosen away and not only multiplied: an expert may overflow on a token that it was not trained for.
+    """
     return f"""
     axis_0 = Constant <value_ints = [0]> ()
     axis_2 = Constant <value_ints = [2]> ()
@@ -66,7 +69,9 @@ def _body(attributes: Attributes) -> str:
     gated_ENI = Mul (active_ENI, up_ENI)
     out_ENC = MatMul (gated_ENI, down_EIC)
     weighted_ENC = Mul (out_ENC, weight_EN1)
-    y_NC = ReduceSum <keepdims = 0> (weighted_ENC, axis_0)
+    unchosen_EN1 = Equal (weight_EN1, zero)
+    chosen_ENC = Where (unchosen_EN1, zero, weighted_ENC)
+    y_NC = ReduceSum <keepdims = 0> (chosen_ENC, axis_0)
     """
 
 

@@ -78,11 +78,12 @@ class OnnxRuntimeEngine:
     def allocate(self, batch: int) -> None:
         """Replace the KV buffers by zeroed ones for `batch` rows and bind them."""
         model, kv, graph = self._manifest.model, self._manifest.kv, self._manifest.graph
-        self._binding = self._session.io_binding()
+        # First, because it is what may not fit into memory; the engine is then as it was.
         self._kv = RollingKV(
             [layer.capacity for layer in kv.layers],
             batch=batch, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=kv.dtype,
         )  # fmt: skip
+        self._binding = self._session.io_binding()
         self._batch = batch
         self._start_positions_B = np.zeros(batch, dtype=np.int64)
         self._token_counts_B = np.zeros(batch, dtype=np.int64)

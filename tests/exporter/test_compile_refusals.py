@@ -163,3 +163,14 @@ def test_a_full_disk(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
     text = refusal(source, target, ExportError)
     assert "GB left" in text
     assert "nothing was written" in text
+
+
+@pytest.mark.parametrize("inside", [".", "passes"])
+def test_passes_dumped_into_the_bundle_itself(source: Path, target: Path, inside: str) -> None:
+    text = refusal(source, target, ExportError, dump_passes=target / inside)
+    assert f"cannot be dumped into the bundle {target} itself" in text
+
+
+def test_a_folder_for_the_passes_that_is_a_file(source: Path, target: Path) -> None:
+    text = refusal(source, target, ExportError, dump_passes=source / "config.json")
+    assert f"The folder {source / 'config.json'} for the dumped passes cannot be made" in text

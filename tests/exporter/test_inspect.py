@@ -16,7 +16,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from exporter.inspect import CONTEXTS, InspectReport, inspect_path, kv_use, receptive_field, render
-from exporter.inspect_tables import count, size
 from runtime.errors import BundleError, CheckpointError, ConfigError
 from tests.support.checkpoints import load_oracle, make_checkpoint
 
@@ -315,24 +314,3 @@ def test_what_is_drawn_for_a_bundle(tmp_path: Path) -> None:
     sliding = drawn(inspect_path(write_bundle(tmp_path / "sliding", windows=(3, 4))))
     assert "unbounded, every layer slides" in sliding
     assert "6 tokens exactly, 1 + Σ(W − 1)" in sliding
-
-
-@pytest.mark.parametrize(
-    "number, text",
-    [
-        (0, "0"),
-        (999, "999"),
-        (1000, "1.00 K"),
-        (7_241_732_096, "7.24 B"),
-        (140_620_634_112, "141 B"),
-        (99_960, "100 K"),
-        (999_999, "1.00 M"),
-    ],
-)
-def test_counts(number: int, text: str) -> None:
-    assert count(number) == text
-
-
-@pytest.mark.parametrize("nbytes, text", [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (32 * 2**30, "32.0 GiB")])
-def test_sizes(nbytes: int, text: str) -> None:
-    assert size(nbytes) == text

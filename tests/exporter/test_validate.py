@@ -164,6 +164,8 @@ def test_the_table_names_verdict_and_budget(report: ValidationReport) -> None:
     assert "Parity holds" in text
     assert "prompt of 19" in text
     assert "Budget" in text
+    assert "Largest error by position: 0–3: " in text
+    assert "16–18: " in text  # the last of five stretches of a row of 19
 
 
 @pytest.fixture

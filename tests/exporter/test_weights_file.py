@@ -86,6 +86,20 @@ def test_float64_beyond_float32_is_refused(tmp_path: Path, value: float, refused
         write_weights(opened, bind(opened), tmp_path / WEIGHTS_FILE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint", num_layers=1)
+    tensors = load_file(folder / SINGLE_FILE)
+    damaged = tensors["model.layers.0.mlp.down_proj.weight"].to(dtype)
+    damaged[3, 5] = value
+    tensors["model.layers.0.mlp.down_proj.weight"] = damaged
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    opened = open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight with values that are infinite or not a number"):
+        write_weights(opened, bind(opened), tmp_path / WEIGHTS_FILE)
+
+
 def graph_with(shapes: dict[str, tuple[int, ...]]) -> ir.Model:
     """A model that consists of unbound weights."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="weights")

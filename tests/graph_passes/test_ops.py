@@ -148,6 +148,18 @@ def test_experts_need_no_weights_that_sum_to_one() -> None:
     assert_op(case, feeds, run(model_of(case), feeds))
 
 
+def test_an_expert_that_overflows_harms_only_the_tokens_that_chose_it() -> None:
+    case = Case("MixtureOfExperts", {"activation": "relu2"}, {"E": 3, "K": 1})
+    rng = np.random.default_rng(3)
+    x, weight = rng.standard_normal((4, 4), dtype=np.float32), np.ones((4, 1), np.float32)
+    expert = np.array([[0], [1], [0], [1]], np.int64)
+    gate, up = rng.standard_normal((2, 3, 6, 4), dtype=np.float32)
+    down = rng.standard_normal((3, 4, 6), dtype=np.float32)
+    gate[2] *= 1e25
+    feeds = dict(zip(OPS[case.op].inputs, (x, weight, expert, gate, up, down), strict=True))
+    assert_op(case, feeds, run(model_of(case), feeds))
+
+
 @pytest.mark.parametrize("window", [0, 1, 2, 4])
 def test_the_mask_definition_is_the_walk_over_the_ring(window: int) -> None:
     slots = 6

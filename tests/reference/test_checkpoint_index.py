@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -22,18 +20,6 @@ def refusal(folder: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def split(file: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and tensor bytes of a safetensors file, read without Cierzo."""
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def join(file: Path, header: object, data: bytes) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from reference.parity import TOLERANCES, budget, perplexity, position_errors
+from runtime.errors import CheckpointError
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -34,6 +35,14 @@ def test_a_reference_without_error_leaves_room_for_a_handful_of_roundings() -> N
 
 def test_a_bad_reference_does_not_excuse_a_bad_engine() -> None:
     assert budget(*rows(10.0, 5.0), "float32").allowed == pytest.approx(1e-4 * 10)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_a_finite_truth_there_is_no_budget(value: float) -> None:
+    truth, own = rows(10.0, 0.0)
+    truth[0][1, 2] = own[0][1, 2] = value
+    with pytest.raises(CheckpointError, match="no truth to hold an engine against"):
+        budget(truth, own, "float32")
 
 
 def test_every_row_of_the_table_has_a_reason_and_an_order() -> None:

@@ -50,7 +50,7 @@ def test_a_killed_export_is_no_bundle(folder: Path) -> None:
         read_bundle(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '"text"'])
+@pytest.mark.parametrize("text", ["{", "[1]", '"text"', "[" * 100_000])
 def test_a_manifest_that_is_no_object_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match="JSON"):

@@ -173,9 +173,11 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
     ("stop_ids", [-1]),
     ("stop_ids", [1.0]),
     ("stop_ids", "2"),
+    ("stop_ids", 2),
     ("stop_strings", "end"),
     ("stop_strings", [""]),
     ("stop_strings", [3]),
+    ("stop_strings", None),
 ]
 
 
@@ -183,3 +185,15 @@ BAD_OPTIONS: list[tuple[str, Any]] = [
 def test_options_out_of_range_are_refused(name: str, value: object) -> None:
     with pytest.raises(InputError, match=f"`{name}` must be"):
         SamplingOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_iterators_of_stops_are_not_used_up_by_their_checks() -> None:
+    options = SamplingOptions(stop_ids=iter([3, 4]), stop_strings=iter(["a"]))  # type: ignore[arg-type]
+    assert (options.stop_ids, options.stop_strings) == ((3, 4), ("a",))
+
+
+@pytest.mark.parametrize("top", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_the_least_temperature_is_greedy(top: dict[str, Any]) -> None:
+    scores_V = scores(1)
+    chosen = Sampler(SamplingOptions(temperature=1e-307, seed=0, **top)).choose(100 * scores_V, np.zeros(V, dtype=bool))
+    assert chosen == scores_V.argmax()

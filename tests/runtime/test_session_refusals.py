@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from runtime import BackendError, ContextError, InputError, Session, SessionError, TokenizerError, load
 from runtime.session import MAX_POSITION
@@ -42,6 +43,7 @@ BAD_IDS: dict[str, tuple[Any, str]] = {
     "a scalar": (np.int64(3), "0 dimensions"),
     "three dimensions in lists": ([[[1]]], "2 dimensions"),
     "an uneven third dimension": ([[[1], [2, 3]]], "not one row of integers"),
+    "a tensor that numpy cannot read": (torch.tensor([1.0], dtype=torch.bfloat16), "cannot be read"),
     "a mixture": ([1, [2]], "not a mixture"),
     "too many rows": ([[1]] * 5, "exported for at most 4.*max_batch=5"),
 }
