@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from exporter.defaults import DEFAULT_MAX_BATCH
+
 __all__ = ["export"]
 
 
@@ -18,7 +20,7 @@ def export(
     *,
     weights: str = "fp32",
     chunk: int | None = None,
-    max_batch: int = 8,
+    max_batch: int = DEFAULT_MAX_BATCH,
     context: int | None = None,
     prove: bool = True,
     dump_passes: str | Path | None = None,

@@ -25,8 +25,8 @@ from exporter.console import (
     progress_bars,
     report_error,
 )
+from exporter.defaults import DEFAULT_MAX_BATCH, WEIGHT_KINDS
 
-WEIGHTS = ("fp32",)
 MODELS = ("mistral", "mixtral")
 PARITY_FAILED = 1
 
@@ -109,9 +109,11 @@ def inspect(path: Path, ignored: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @click.argument("checkpoint", type=EXISTING)
 @click.argument("out", type=FOLDER)
-@click.option("--weights", type=click.Choice(WEIGHTS), default="fp32", show_default=True, help="Type of the weights.")
+@click.option("--weights", type=click.Choice(WEIGHT_KINDS), default=WEIGHT_KINDS[0], show_default=True, help="Type.")
 @click.option("--chunk", type=click.IntRange(min=1), help="Most tokens of a row in one step.  [default: chosen]")
-@click.option("--max-batch", type=click.IntRange(min=1), default=8, show_default=True, help="Most rows in one step.")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=DEFAULT_MAX_BATCH, show_default=True, help="Most rows."
+)
 @click.option(
     "--context",
     type=click.IntRange(min=1),

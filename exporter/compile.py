@@ -12,7 +12,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from exporter.plan import DEFAULT_MAX_BATCH, WEIGHT_KINDS, ExportPlan, make_plan
+from exporter.defaults import DEFAULT_MAX_BATCH, WEIGHT_KINDS
+from exporter.plan import ExportPlan, make_plan
 from exporter.save import bundle_folder, file_entry, refuse_existing, refuse_full_disk, write_manifest
 from exporter.stitch import stitch
 from exporter.trace import (
@@ -26,7 +27,9 @@ from exporter.trace import (
 )
 from exporter.weights import WEIGHTS_FILE, bind_weights, weight_bytes, write_weights
 from graph_passes import pipeline
+from graph_passes.fuse.sliding_window import LONGEST_WINDOW
 from graph_passes.ops import DOMAIN, OPSET
+from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
 from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION
 from graph_passes.region import IR_VERSION
 from reference.checkpoint import Checkpoint, open_checkpoint
@@ -111,8 +114,15 @@ def build_graph(
 ) -> tuple[ir.Model, pipeline.PipelineReport]:
     """The fused graph of all layers with unbound weights, and what the passes did to its template.
 
-    Raises FusionError when the whole model does not hold each plugin node as often as the architecture says.
+    Raises ExportError for a window too wide to be recognised, and FusionError when the whole model does not hold each
+    plugin node as often as the architecture says.
     """
+    widest = max((window for window in plan.kinds if window is not None), default=0)
+    if widest > LONGEST_WINDOW:
+        raise ExportError(
+            f"config.json says a sliding window of {widest:,} tokens, and masks are recognised up to {LONGEST_WINDOW:,}"
+            " only. If no text will be that long, set sliding_window to null there and give the --context you need."
+        )
     if progress is not None:
         progress("tracing", 0, 1)
     template = trace(plan)
@@ -141,7 +151,7 @@ def expected_nodes(plan: ExportPlan) -> dict[str, int]:
     """How often each plugin node must be in the whole model."""
     rules = expected_fusions(plan, plan.config.num_layers)
     by_op = {rule.op.name: rules.get(rule.name, 0) for rule, _ in pipeline.PIPELINE}
-    by_op["GroupedQueryAttention"] = 0  # each has become a SlidingWindowAttention
+    by_op[GROUPED_QUERY_ATTENTION.name] = 0  # each has become a SlidingWindowAttention
     return by_op
 
 

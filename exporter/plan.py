@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from exporter.defaults import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_MAX_BATCH, LEAST_CHUNK
 from reference.config import ModelConfig
 from runtime.errors import ExportError
-
-DEFAULT_CHUNK = 256
-DEFAULT_CONTEXT = 4096
-DEFAULT_MAX_BATCH = 8
-LEAST_CHUNK = 16
-WEIGHT_KINDS = ("fp32",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,10 @@ Logits = npt.NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What all checks of one validation share."""
+    """What all checks of one validation share. `windows` are the checkpoint's, by layer: the bundle may be wrong."""
 
     session: Session
+    windows: tuple[int | None, ...]
     rows: tuple[Row, ...]
     truth: tuple[Logits, ...]
     budget: Budget
@@ -67,12 +68,13 @@ def validate(
     session = load(bundle, backend=backend)
     opened = _open(session, checkpoint)
     rng = np.random.default_rng(seed)
-    rows = _rows(session, rng)
+    windows = opened.config.layer_windows
+    rows = _rows(_lengths(session, windows)[-1], opened.config.vocab_size, rng)
     oracle = Oracle(opened)
     truth = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], torch.float64, progress))
     dtype = session.manifest.kv.dtype
     own = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], getattr(torch, dtype), progress))
-    run = _Run(session, rows, truth, budget(truth, own, dtype), rng)
+    run = _Run(session, windows, rows, truth, budget(truth, own, dtype), rng)
     checks: list[Check] = []
     steps = (_whole_prompts, _uneven_pieces, _one_at_a_time, _ragged_batch, _reset, _receptive_field, _memory)
     for number, step in enumerate(steps, start=1):
@@ -120,26 +122,21 @@ def _open(session: Session, checkpoint: str | Path | None) -> Checkpoint:
     return opened
 
 
-def _windows(session: Session) -> list[int]:
-    return sorted({layer.window for layer in session.manifest.kv.layers if layer.window is not None})
-
-
-def _lengths(session: Session) -> list[int]:
+def _lengths(session: Session, windows: tuple[int | None, ...]) -> list[int]:
     """Prompt lengths on every border: W − 1, W, W + 1, 2W + 1, 3W + C for each window; C ± 1 and the context's end."""
     kv = session.manifest.kv
     lengths = {1, 2, kv.chunk - 1, kv.chunk, kv.chunk + 1, 2 * kv.chunk + 1}
-    for window in _windows(session):
-        lengths |= {window - 1, window, window + 1, 2 * window + 1, 3 * window + kv.chunk}
+    for window in windows:
+        if window is not None:
+            lengths |= {window - 1, window, window + 1, 2 * window + 1, 3 * window + kv.chunk}
     if kv.context is not None:
         lengths |= {kv.context}
         lengths = {min(length, kv.context) for length in lengths}
     return sorted(length for length in lengths if length >= 1)
 
 
-def _rows(session: Session, rng: np.random.Generator) -> tuple[Row, ...]:
+def _rows(longest: int, vocabulary: int, rng: np.random.Generator) -> tuple[Row, ...]:
     """A row of the longest border's length, and two shorter ones for the ragged batch."""
-    longest = _lengths(session)[-1]
-    vocabulary = session.manifest.model.vocab_size
     sizes = (longest, max(1, longest // 2 + 1), max(1, longest // 5))
     return tuple(rng.integers(0, vocabulary, size, dtype=np.int64) for size in sizes)
 
@@ -154,7 +151,7 @@ def _compare(run: _Run, name: str, got: Logits, want: Logits, detail: str) -> Ch
 
 
 def _whole_prompts(run: _Run) -> Iterator[Check]:
-    for length in _lengths(run.session):
+    for length in _lengths(run.session, run.windows):
         run.session.reset()
         got = run.session.forward(run.rows[0][:length])[0]
         yield _compare(run, f"prompt of {length}", got, run.truth[0][:length], "whole prompt, all positions")
@@ -215,11 +212,9 @@ def _reset(run: _Run) -> Iterator[Check]:
 
 def _receptive_field(run: _Run) -> Iterator[Check]:
     """One token is changed: logits beyond its reach keep every bit, and the last ones within it move."""
-    layers = run.session.manifest.kv.layers
     kv, vocabulary = run.session.manifest.kv, run.session.manifest.model.vocab_size
-    reach = None
-    if kv.context is None:
-        reach = sum(layer.window - 1 for layer in layers if layer.window is not None)
+    windows = [window for window in run.windows if window is not None]
+    reach = sum(window - 1 for window in windows) if len(windows) == len(run.windows) else None
     length = (reach if reach is not None else len(run.rows[0])) + kv.chunk + 2
     if kv.context is not None:
         length = min(length, kv.context)
@@ -248,7 +243,7 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
     else:
         yield Check("receptive field", True, f"a token more than L·(W − 1) = {reach} away moves no bit")
     farthest = int(np.flatnonzero(moved)[-1]) - at if moved.any() else 0
-    inside = _windows(run.session)[0] - 1  # within one layer's own window a change cannot fade into rounding
+    inside = min(windows) - 1  # within one layer's own window a change cannot fade into rounding
     seen = bool(moved[at : at + inside + 1].all())
     yield Check(
         "window is used",
@@ -261,9 +256,9 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
 
 def _memory(run: _Run) -> Iterator[Check]:
     model, kv = run.session.manifest.model, run.session.manifest.kv
-    slots = sum(layer.capacity for layer in kv.layers)
+    slots = sum((kv.context or 0) if window is None else window + kv.chunk - 1 for window in run.windows)
     itemsize = np.dtype(kv.dtype).itemsize
     due = 2 * run.session.batch * model.num_kv_heads * model.head_dim * slots * itemsize
     held = run.session.kv_bytes
-    detail = f"{held:,} bytes after {int(run.session.position.max()):,} tokens, as the formula says"
+    detail = f"{held:,} bytes after {int(run.session.position.max()):,} tokens, as W + C − 1 slots a layer make"
     yield Check("KV memory", held == due, detail if held == due else f"{held:,} bytes are held and {due:,} are due")

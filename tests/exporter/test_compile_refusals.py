@@ -142,6 +142,11 @@ def test_options(source: Path, target: Path, name: str) -> None:
     assert words in refusal(source, target, ExportError, **options)
 
 
+def test_a_window_too_wide_to_be_recognised(target: Path) -> None:
+    text = refusal(checkpoint(window=2**20 + 1), target, ExportError)
+    assert "a sliding window of 1,048,577 tokens, and masks are recognised up to 1,048,576" in text
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_target_that_exists(source: Path, target: Path, kind: str) -> None:
     if kind == "folder":

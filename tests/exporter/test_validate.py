@@ -113,6 +113,24 @@ def test_a_planted_fault_fails(bundle: Path, checkpoint: Path, tmp_path: Path, f
         assert "receptive field" in failed
 
 
+def test_rings_of_another_size_than_the_windows_need_fail(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The same numbers in too much memory: held against the checkpoint's windows, not against what the bundle says."""
+
+    def widen(model: onnx.ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            if ".key" in value.name or ".value" in value.name:
+                value.type.tensor_type.shape.dim[2].dim_value = 64
+        del model.graph.value_info[:]
+
+    wide = planted(bundle, tmp_path / "wide", widen)
+    manifest = json.loads((wide / "manifest.json").read_text())
+    for layer in manifest["kv"]["layers"]:
+        layer |= {"window": 61, "capacity": 64}
+    (wide / "manifest.json").write_text(json.dumps(manifest))
+    report = validate(wide, checkpoint)
+    assert [check.name for check in report.checks if check.passed is False] == ["KV memory"]
+
+
 def test_other_weights_fail(bundle: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path, window=5, num_layers=2, seed=4)
     assert not validate(bundle, other).passed

@@ -1,0 +1,18 @@
+"""What an export takes when nobody says otherwise. Without imports, so that `cierzo --help` can show it at once."""
+
+from __future__ import annotations
+
+DEFAULT_CHUNK = 256
+"""Most tokens of a step, where no window is smaller."""
+
+LEAST_CHUNK = 16
+"""A chunk is not made smaller than this for the sake of a small window."""
+
+DEFAULT_CONTEXT = 4096
+"""Most positions of a full-attention buffer, where the checkpoint was trained for more."""
+
+DEFAULT_MAX_BATCH = 8
+"""Most rows of a session."""
+
+WEIGHT_KINDS = ("fp32",)
+"""Types of weights that an export writes; the first one is the default."""
