@@ -20,7 +20,15 @@ from graph_passes.unbound import UnboundWeight
 from runtime.errors import TraceError
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_KEPT_METADATA = (_SCOPES, "pkg.torch.onnx.class_hierarchy", "cierzo.rule", "cierzo.proof_error", "cierzo.replaced")
+_KEPT_METADATA = (
+    _SCOPES,
+    "pkg.torch.onnx.class_hierarchy",
+    "cierzo.rule",
+    "cierzo.from",
+    "cierzo.replaced",
+    "cierzo.proof_error",
+    "cierzo.proof_precision",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from graph_passes.driver_types import FusionRecord, Match, RefusalRecord, Rule
-from graph_passes.graph import Refusal, scope
+from graph_passes.driver_types import Adapted, FusionRecord, Match, RefusalRecord, Rule
+from graph_passes.graph import Refusal, scope, source_line
 from graph_passes.ops.base import declare
-from graph_passes.prove import prove
+from graph_passes.prove import Proof, prove
 from runtime.errors import FusionError
+
+_FARTHEST = 60
+"""Nodes from the anchor within which the place of a refusal is looked for."""
 
 
 def apply(model: ir.Model, rule: Rule, *, proving: bool = True) -> tuple[list[FusionRecord], list[RefusalRecord]]:
@@ -26,39 +32,131 @@ def apply(model: ir.Model, rule: Rule, *, proving: bool = True) -> tuple[list[Fu
         try:
             match = rule.match(model, anchor)
         except Refusal as refusal:
-            refused.append(RefusalRecord(rule.name, scope(anchor), str(refusal)))
+            refused.append(_refused(rule, anchor, refusal))
             continue
-        error = prove(model, match) if proving else None
-        fused.append(rewrite(model, match, error))
+        fused.append(rewrite(model, match, prove(model, match) if proving else None))
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return fused, refused
 
 
-def rewrite(model: ir.Model, match: Match, error: float | None) -> FusionRecord:
+def rewrite(model: ir.Model, match: Match, proof: Proof | None) -> FusionRecord:
     """Put the plugin node in the place of the region. Output names and the tracer's metadata stay."""
     _declare_body(model, match)
-    before = {node.name for node in model.graph}
     outputs = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in match.outputs]
-    node = match.op.node(match.inputs, match.attributes, outputs)
-    node.name = f"{match.anchor.name}__{match.op.name}"
-    node.metadata_props.update(match.anchor.metadata_props)
-    node.metadata_props["cierzo.rule"] = match.rule
-    if error is not None:
-        node.metadata_props["cierzo.proof_error"] = f"{error:.3g}"
+    name = f"{match.anchor.name}__{match.op.name}"
+    made: list[ir.Node] = []
+    inputs: list[ir.Value] = []
+    for number, operand in enumerate(match.inputs):
+        if isinstance(operand, Adapted):
+            nodes = list(operand.build(operand.source))
+            _name(nodes, f"{name}__input_{number}")
+            nodes[-1].outputs[0].shape = ir.Shape(operand.shape)
+            nodes[-1].outputs[0].dtype = operand.dtype
+            made += nodes
+            inputs.append(nodes[-1].outputs[0])
+        else:
+            inputs.append(operand)
+    node = match.op.node(inputs, match.attributes, outputs)
+    node.name = name
+    for new in (*made, node):
+        new.metadata_props.update(match.anchor.metadata_props)
+        new.metadata_props["cierzo.rule"] = match.rule
+    if proof is not None:
+        node.metadata_props["cierzo.proof_error"] = f"{proof.error:.3g}"
+        node.metadata_props["cierzo.proof_precision"] = proof.precision
     names = [v.name for v in match.outputs]
-    # After the last producer of the region's outputs, where every input of the new node is defined. A reader of an
-    # earlier output may stand before it, so that several outputs need the nodes sorted.
-    order = {before: index for index, before in enumerate(model.graph)}
-    place = max((v.producer() or match.anchor for v in match.outputs), key=lambda producer: order[producer])
-    ir.convenience.replace_nodes_and_values(model.graph, place, [], [node], list(match.outputs), outputs)
+    place = _place(model, match)
+    producers = [v.producer() for v in match.outputs]
+    ir.convenience.replace_nodes_and_values(model.graph, place, [], [*made, node], list(match.outputs), outputs)
     if len(outputs) > 1:
         model.graph.sort()
-    for old, new, name in zip(match.outputs, outputs, names, strict=True):
-        old.name, new.name = f"{name}__before", name
-    common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-    gone = tuple(sorted(str(name) for name in before - {n.name for n in model.graph} if name))
-    node.metadata_props["cierzo.replaced"] = ",".join(gone)
-    return FusionRecord(match.rule, match.op.name, scope(node), str(node.name), gone, dict(match.attributes), error)
+    for old, new_value, value_name in zip(match.outputs, outputs, names, strict=True):
+        old.name, new_value.name = f"{value_name}__before", value_name
+    gone = _remove_unread(model, [p for p in (*producers, match.anchor) if p is not None])
+    replaced = tuple(sorted(str(dead.name) for dead in gone))
+    replaced_ops = dict(sorted(Counter(dead.op_type for dead in gone).items()))
+    node.metadata_props["cierzo.replaced"] = ",".join(replaced)
+    node.metadata_props["cierzo.from"] = " ".join(f"{op}×{count}" for op, count in replaced_ops.items())
+    return FusionRecord(
+        rule=match.rule,
+        op=match.op.name,
+        scope=scope(node),
+        node=str(node.name),
+        replaced=replaced,
+        replaced_ops=replaced_ops,
+        attributes=dict(match.attributes),
+        error=None if proof is None else proof.error,
+        precision=None if proof is None else proof.precision,
+    )
+
+
+def _name(nodes: Iterable[ir.Node], prefix: str) -> None:
+    for index, node in enumerate(nodes):
+        node.name = f"{prefix}_{index}"
+        for value in node.outputs:
+            value.name = f"{prefix}_{index}_out"
+
+
+def _place(model: ir.Model, match: Match) -> ir.Node:
+    """After the last producer of the region's outputs, where every input of the new node is defined.
+
+    A reader of an earlier output may stand before it, so that several outputs need the nodes sorted afterwards.
+    """
+    producers = [v.producer() or match.anchor for v in match.outputs]
+    if len(producers) == 1:
+        return producers[0]
+    order = {node: index for index, node in enumerate(model.graph)}
+    return max(producers, key=lambda producer: order[producer])
+
+
+def _remove_unread(model: ir.Model, seeds: Iterable[ir.Node]) -> list[ir.Node]:
+    """Remove `seeds` and what is behind them as far as nobody reads it; the work is that of the region, not the graph."""
+    gone: list[ir.Node] = []
+    stack = list(seeds)
+    while stack:
+        node = stack.pop()
+        if node.graph is None or any(v.is_graph_output() or v.uses() for v in node.outputs):
+            continue
+        behind = [v.producer() for v in node.inputs if v is not None]
+        constants = [v for v in node.inputs if v is not None and v.is_initializer()]
+        model.graph.remove(node, safe=True)
+        gone.append(node)
+        stack.extend(producer for producer in behind if producer is not None)
+        for value in constants:
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                model.graph.initializers.pop(str(value.name), None)
+    return gone
+
+
+def _refused(rule: Rule, anchor: ir.Node, refusal: Refusal) -> RefusalRecord:
+    broke = refusal.node if refusal.node is not None else anchor
+    return RefusalRecord(
+        rule=rule.name,
+        scope=scope(anchor),
+        anchor=f"{anchor.op_type} {anchor.name!r}",
+        reason=str(refusal),
+        distance=_distance(anchor, broke),
+        source=source_line(broke),
+    )
+
+
+def _distance(start: ir.Node, end: ir.Node) -> int:
+    """Edges between two nodes, whichever way they point; 0 when they are too far apart to be one pattern."""
+    seen, front, steps = {start}, [start], 0
+    while front and len(seen) < _FARTHEST:
+        if end in front:
+            return steps
+        steps += 1
+        near = []
+        for node in front:
+            near += [v.producer() for v in node.inputs if v is not None]
+            near += [use.node for v in node.outputs for use in v.uses()]
+        front = []
+        for node in near:
+            if node is not None and node not in seen:
+                seen.add(node)
+                front.append(node)
+    return 0
 
 
 def _declare_body(model: ir.Model, match: Match) -> None:

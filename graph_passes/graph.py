@@ -127,6 +127,12 @@ def scope(node: ir.Node) -> str:
     return scopes[-2] if len(scopes) >= 2 else ""
 
 
+def source_line(node: ir.Node) -> str:
+    """The line of the traced program that made `node`, as the tracer noted it; empty when it did not."""
+    lines = node.metadata_props.get("pkg.torch.onnx.stack_trace", "").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
 def data_leaves(value: ir.Value, stop: Iterable[ir.Value] = ()) -> list[ir.Value]:
     """Where the data of `value` comes from: graph inputs, weights, and values in `stop`, in order of discovery.
 

@@ -66,7 +66,7 @@ class PipelineReport:
             "largest_error": self.largest_error,
             "counts": dict(self.counts),
             "passes": passes,
-            "fusions": [{**asdict(f), "attributes": dict(f.attributes)} for f in self.fusions],
+            "fusions": [asdict(f) for f in self.fusions],
         }
 
 
@@ -115,11 +115,15 @@ def run(
 
 
 def _hold_to(rule: str, found: int, expected: int, refused: list[RefusalRecord]) -> None:
+    """Raises FusionError with the refusal that came nearest to a match first, and the others after it."""
     if found == expected:
         return
-    shown = "; ".join(f"{r.scope or 'model'}: {r.reason}" for r in refused[:4]) or "no node looked like it"
+    nearest, *others = sorted(refused, key=lambda r: r.distance, reverse=True) or [None]
+    shown = "No node looked like its beginning." if nearest is None else f"The nearest match: {nearest}."
+    if others:
+        shown += " Others: " + "; ".join(str(record) for record in others[:3]) + "."
     raise FusionError(
-        f"The fusion {rule!r} fired {found} times in the traced template where {expected} are due. Refused: {shown}. "
+        f"The fusion {rule!r} fired {found} times in the traced template where {expected} are due. {shown} "
         "An unfused graph would be slow or, past the window, wrong, so nothing was written. Pass --dump-passes DIR to "
         "see the graph before and after each pass."
     )

@@ -15,6 +15,7 @@ import onnxruntime.capi.onnxruntime_pybind11_state as state
 
 from graph_passes.graph import Refusal, dims, is_made_by
 from graph_passes.ops.base import DOMAIN
+from graph_passes.precision import widen
 from graph_passes.unbound import is_unbound
 
 _RUN_ERRORS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
@@ -37,11 +38,14 @@ class Region:
     """The nodes between `inputs` and `outputs`, as a model of their own.
 
     Graph inputs that the nodes ask only for a shape (`Shape(input_ids)`) are fed with zeros of the extents that the
-    symbolic dims of the other inputs imply. Raises Refusal when the nodes need data from outside `inputs`, or are no
-    graph that can be run on its own.
+    symbolic dims of the other inputs imply. With `wide` everything that is float32 in the graph is float64 here.
+    Raises Refusal when the nodes need data from outside `inputs`, or are no graph that can be run on its own.
     """
 
-    def __init__(self, model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> None:
+    def __init__(
+        self, model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, wide: bool = False
+    ) -> None:
+        self._wide = wide
         self.inputs = tuple(inputs)
         self._shape_only = _shape_only_inputs(self.inputs, outputs)
         try:
@@ -60,6 +64,8 @@ class Region:
             value.shape = ir.Shape([None] * len(value.shape or ()))
         functions = [f for f in model.functions.values() if f.domain == DOMAIN]
         piece = ir.Model(graph, ir_version=IR_VERSION, functions=functions)
+        if wide:
+            widen(piece)
         try:
             self._session = session(piece)
         except _RUN_ERRORS as error:
@@ -75,15 +81,18 @@ class Region:
         extents = dict(extents or {})
         for value, array in zip(self.inputs, arrays, strict=True):
             _bind_dims(value, array.shape, extents)
-        feeds = {str(v.name): a for v, a in zip(self.inputs, arrays, strict=True)}
+        feeds = {str(v.name): self._fed(a) for v, a in zip(self.inputs, arrays, strict=True)}
         for value in self._shape_only:
             shape = [d if isinstance(d, int) else extents.get(d, 1) for d in dims(value)]
             dtype = value.dtype.numpy() if value.dtype is not None else np.float32
-            feeds[str(value.name)] = np.zeros(shape, dtype)
+            feeds[str(value.name)] = self._fed(np.zeros(shape, dtype))
         try:
             return list(self._session.run(None, feeds))
         except _RUN_ERRORS as error:
             raise Refusal(f"the region cannot run on these inputs: {error}", None) from error
+
+    def _fed(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array.astype(np.float64) if self._wide and array.dtype == np.float32 else array
 
 
 def session(model: ir.Model) -> onnxruntime.InferenceSession:

@@ -15,7 +15,7 @@ from graph_passes.fuse import gqa, moe, moe_gate, rolling_kv, rope, sliding_wind
 from graph_passes.graph import Refusal
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.moe_gate import MOE_GATE
-from graph_passes.prove import TOLERANCE, difference, prove
+from graph_passes.prove import TOLERANCES, difference, prove
 from runtime.errors import FusionError, ProofError
 from tests.graph_passes.texts import ATTENTION, EXPERTS, GATE, GATE_TOP_K_FIRST, RING, ROPE, fuse
 from tests.support.graphs import canonical, mutate, op_types, serialised, statements
@@ -145,7 +145,7 @@ def test_a_right_match_passes(name: str) -> None:
     place = PLACES[name]
     *_, record = fuse(place.text, *place.rules)[1]
     assert record.error is not None
-    assert 0 <= record.error <= TOLERANCE
+    assert 0 <= record.error <= TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
