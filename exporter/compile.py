@@ -144,6 +144,8 @@ def expected_fusions(plan: ExportPlan, layers: int) -> dict[str, int]:
     expected = {"rope": 2 * layers, "rolling_kv": 2 * layers, "gqa": layers, "sliding_window": layers}
     if plan.config.moe is not None:
         expected |= {"moe_gate": layers, "moe": layers}
+    else:
+        expected |= {"gated_activation": layers}
     return expected
 
 

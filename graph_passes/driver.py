@@ -147,15 +147,12 @@ def _distance(start: ir.Node, end: ir.Node) -> int:
         if end in front:
             return steps
         steps += 1
-        near = []
+        near: list[ir.Node | None] = []
         for node in front:
             near += [v.producer() for v in node.inputs if v is not None]
             near += [use.node for v in node.outputs for use in v.uses()]
-        front = []
-        for node in near:
-            if node is not None and node not in seen:
-                seen.add(node)
-                front.append(node)
+        front = [node for node in dict.fromkeys(near) if node is not None and node not in seen]
+        seen.update(front)
     return 0
 
 

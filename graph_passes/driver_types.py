@@ -70,6 +70,9 @@ class Match:
     outputs: tuple[ir.Value, ...]
 
     def __post_init__(self) -> None:
+        if self.op.pointwise:
+            self._check_pointwise()
+            return
         extents: dict[str, Dim] = {"1": 1}
         names, values = (*self.op.inputs, *self.op.outputs), (*self.inputs, *self.outputs)
         for name, value in zip(names, values, strict=True):
@@ -81,6 +84,11 @@ class Match:
                 if extents.setdefault(letter, extent) != extent:
                     reason = f"{letter} is {extent} in {found!r} ({name}) and {extents[letter]} elsewhere"
                     raise Refusal(reason, self.anchor)
+
+    def _check_pointwise(self) -> None:
+        shapes = [shape_of(value) for value in (*self.inputs, *self.outputs)]
+        if any(shape != shapes[0] for shape in shapes):
+            raise Refusal(f"the shapes {shapes} are not one", self.anchor)
 
     @property
     def sources(self) -> tuple[ir.Value, ...]:

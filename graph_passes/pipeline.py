@@ -14,7 +14,7 @@ from graph_passes.canonical import canonicalise
 from graph_passes.driver import apply
 from graph_passes.driver_types import FusionRecord, RefusalRecord, Rule
 from graph_passes.dump import dump
-from graph_passes.fuse import gqa, moe, moe_gate, rolling_kv, rope, sliding_window
+from graph_passes.fuse import gated_activation, gqa, moe, moe_gate, rolling_kv, rope, sliding_window
 from runtime.errors import FusionError
 
 PIPELINE: tuple[tuple[Rule, str], ...] = (
@@ -23,7 +23,8 @@ PIPELINE: tuple[tuple[Rule, str], ...] = (
     (gqa.RULE, "turns attention into one node with an explicit mask"),
     (sliding_window.RULE, "needs the node that gqa made, and lets the mask die"),
     (moe_gate.RULE, "before the experts, which read its weights and expert numbers"),
-    (moe.RULE, "last: the widest region, once everything in it has its final form"),
+    (moe.RULE, "the widest region, once everything in it has its final form"),
+    (gated_activation.RULE, "after moe, whose experts hold the same product inside"),
 )
 
 Progress = Callable[[str, int, int], None]
@@ -118,10 +119,10 @@ def _hold_to(rule: str, found: int, expected: int, refused: list[RefusalRecord])
     """Raises FusionError with the refusal that came nearest to a match first, and the others after it."""
     if found == expected:
         return
-    nearest, *others = sorted(refused, key=lambda r: r.distance, reverse=True) or [None]
-    shown = "No node looked like its beginning." if nearest is None else f"The nearest match: {nearest}."
-    if others:
-        shown += " Others: " + "; ".join(str(record) for record in others[:3]) + "."
+    by_nearness = sorted(refused, key=lambda record: record.distance, reverse=True)
+    shown = f"The nearest match: {by_nearness[0]}." if refused else "No node looked like its beginning."
+    if others := by_nearness[1:4]:
+        shown += " Others: " + "; ".join(str(record) for record in others) + "."
     raise FusionError(
         f"The fusion {rule!r} fired {found} times in the traced template where {expected} are due. {shown} "
         "An unfused graph would be slow or, past the window, wrong, so nothing was written. Pass --dump-passes DIR to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graph_passes.ops.base import DOMAIN, OPSET, VERSION, PluginOp
+from graph_passes.ops.gated_activation import GATED_ACTIVATION
 from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.moe_gate import MOE_GATE
@@ -19,6 +20,7 @@ OPS: dict[str, PluginOp] = {
         SLIDING_WINDOW_ATTENTION,
         MOE_GATE,
         MIXTURE_OF_EXPERTS,
+        GATED_ACTIVATION,
     )
 }
 

@@ -37,6 +37,7 @@ class PluginOp:
     body: the statements of the function body in ONNX's text format, given the attributes.
     examples: tuples of input arrays on which two implementations must agree; they sit on the op's boundaries, and
         they may be smaller than the shapes of the node to be proved where the op does not care about a size.
+    pointwise: inputs and outputs all have one shape, of any rank; their names then carry no shape.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PluginOp:
     attributes: Mapping[str, str]
     body: Callable[[Attributes], str]
     examples: Examples
+    pointwise: bool = False
 
     def function(self, attributes: Attributes) -> ir.Function:
         """The function body for these attributes, opset 24."""
