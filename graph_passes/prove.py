@@ -105,23 +105,23 @@ def first_that_holds(model: ir.Model, readings: Iterable[Match]) -> Match:
     )
 
 
-def measure(model: ir.Model, match: Match) -> Proof:
+def measure(model: ir.Model, match: Match, *, seed: int = 0) -> Proof:
     """How far region and node are apart over the op's examples; stops at the first that is more than rounding.
 
-    The examples are seeded by the op's name: the same every time. Raises Refusal when a side cannot be run.
+    The examples are seeded by the op's name and `seed`: the same every time. Raises Refusal when a side cannot be run.
     """
-    narrow = _measure(model, match, "float32")
+    narrow = _measure(model, match, "float32", seed)
     if not narrow.holds:
         return narrow
     try:
-        return _measure(model, match, "float64")
+        return _measure(model, match, "float64", seed)
     except Refusal:  # an operator that ONNX Runtime has in float32 only
         return narrow
 
 
-def _measure(model: ir.Model, match: Match, precision: str) -> Proof:
+def _measure(model: ir.Model, match: Match, precision: str, seed: int) -> Proof:
     wide = precision == "float64"
-    rng = np.random.default_rng(zlib.crc32(match.op.name.encode()))
+    rng = np.random.default_rng([zlib.crc32(match.op.name.encode()), seed])
     alone = _alone(match)
     before = Region(model, match.sources, match.outputs, wide=wide)
     after = Region(alone, alone.graph.inputs, alone.graph.outputs, wide=wide)

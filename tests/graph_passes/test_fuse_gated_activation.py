@@ -9,16 +9,9 @@ import pytest
 
 from graph_passes.fuse import gated_activation
 from graph_passes.ops.activations import ACTIVATIONS, activation_body
-from tests.graph_passes.texts import fuse, refusal
+from tests.graph_passes.texts import SWIGLU, fuse, refusal
 from tests.support.graphs import assert_same_outputs, mutate, op_types, parse, statements
 
-SWIGLU = """g (float[N,12] x, float[12,10] gate_weight, float[12,10] up_weight) => (float[N,10] gated) {
-    gate = MatMul (x, gate_weight)
-    up = MatMul (x, up_weight)
-    slope = Sigmoid (gate)
-    active = Mul (gate, slope)
-    gated = Mul (active, up)
-}"""
 SILU = "slope = Sigmoid (gate)\n    active = Mul (gate, slope)"
 DEEP = SWIGLU.replace("float[N,", "float[B,T,").replace("N,10", "B,T,10")
 

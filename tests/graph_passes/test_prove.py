@@ -2,168 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from graph_passes.driver import apply
-from graph_passes.driver_types import Match, Rule
-from graph_passes.fuse import gqa, moe, moe_gate, rolling_kv, rope, sliding_window
+from graph_passes.driver_types import Match
+from graph_passes.fuse import gqa, moe, moe_gate, rope
 from graph_passes.graph import Refusal
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.moe_gate import MOE_GATE
-from graph_passes.prove import TOLERANCES, difference, prove
+from graph_passes.prove import difference, prove
 from runtime.errors import FusionError, ProofError
-from tests.graph_passes.texts import ATTENTION, EXPERTS, GATE, GATE_TOP_K_FIRST, RING, ROPE, fuse
-from tests.support.graphs import canonical, mutate, op_types, serialised, statements
-
-Change = Callable[[Match], Match]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A graph in which the last of the rules fires, the others before it."""
-
-    text: str
-    rules: tuple[Rule, ...]
-
-
-PLACES = {
-    "rope": Place(ROPE, (rope.RULE,)),
-    "ring": Place(RING, (rolling_kv.RULE,)),
-    "attention": Place(ATTENTION, (gqa.RULE,)),
-    "window": Place(ATTENTION, (gqa.RULE, sliding_window.RULE)),
-    "window 1": Place(mutate(ATTENTION, ("<value_int = 5>", "<value_int = 1>")), (gqa.RULE, sliding_window.RULE)),
-    "no window": Place(mutate(ATTENTION, ("And (seen, near)", "Identity (seen)")), (gqa.RULE, sliding_window.RULE)),
-    "gate": Place(GATE, (moe_gate.RULE,)),
-    "gate, top-k first": Place(GATE_TOP_K_FIRST, (moe_gate.RULE,)),
-    "experts": Place(EXPERTS, (moe.RULE,)),
-}
-
-
-def attributes(**changed: int | float | str) -> Change:
-    return lambda match: replace(match, attributes={**match.attributes, **changed})
-
-
-def scaled(factor: float) -> Change:
-    return lambda match: replace(
-        match, attributes={**match.attributes, "scale": float(match.attributes["scale"]) * factor}
-    )
-
-
-def inputs(*order: int) -> Change:
-    return lambda match: replace(match, inputs=tuple(match.inputs[index] for index in order))
-
-
-def body(*replacements: tuple[str, str]) -> Change:
-    """The op with another function body, as if the one in the file were wrong."""
-
-    def change(match: Match) -> Match:
-        def faulty(given: Mapping[str, int | float | str]) -> str:
-            return mutate(match.op.body(given), *replacements)
-
-        return replace(match, op=replace(match.op, body=faulty))
-
-    return change
-
-
-TILED = """
-    key_BHSD = Concat <axis = 1> (key_BGSD, key_BGSD)
-    value_BHSD = Concat <axis = 1> (value_BGSD, value_BGSD)
-    attended_BHTD = """
-FAULTS: dict[str, tuple[str, Change]] = {
-    "interleaved halves": ("rope", attributes(interleaved=1)),
-    "cosine and sine exchanged": ("rope", inputs(0, 2, 1)),
-    "one cosine for both": ("rope", inputs(0, 1, 1)),
-    "count instead of start": ("ring", inputs(0, 1, 3, 3)),
-    "start instead of count": ("ring", inputs(0, 1, 2, 2)),
-    "start and count exchanged": ("ring", inputs(0, 1, 3, 2)),
-    "one slot further": ("ring", body(("Add (start_B1, offset_T)", "Sub (start_B1, offset_T)"))),
-    "padding is written": ("ring", body(("Where (valid_B1T1, new_BGTD, held_BGTD)", "Identity (new_BGTD)"))),
-    "padding is zeroed": ("ring", body(("Less (offset_T, count_B1)", "LessOrEqual (offset_T, count_B1)"))),
-    "scale a thousandth larger": ("attention", scaled(1.001)),
-    "scale left away": ("attention", attributes(scale=1.0)),
-    "key and value exchanged": ("attention", inputs(0, 2, 1, 3)),
-    "key for value": ("attention", inputs(0, 1, 1, 3)),
-    "heads grouped round robin": (
-        "attention",
-        body(("attended_BHTD = ", TILED), ("key_BGSD, value_BGSD, visible", "key_BHSD, value_BHSD, visible")),
-    ),
-    "no mask": ("attention", body((", visible_B1TS)", ")"))),
-    "window one wider": ("window", attributes(window=6)),
-    "window one narrower": ("window", attributes(window=4)),
-    "window left away": ("window", attributes(window=0)),
-    "window 2 for 1": ("window 1", attributes(window=2)),
-    "full for window 1": ("window 1", attributes(window=0)),
-    "window for full attention": ("no window", attributes(window=7)),
-    "scale a thousandth smaller": ("window", scaled(0.999)),
-    "key and value rings exchanged": ("window", inputs(0, 2, 1, 3, 4)),
-    "start and count of attention exchanged": ("window", inputs(0, 1, 2, 4, 3)),
-    "count for start": ("window", inputs(0, 1, 2, 4, 4)),
-    "slots count as positions": ("window", body(("Sub (last_B1, age_BS)", "Add (age_BS, zero)"))),
-    "empty slots are seen": ("window", body(("And (written, causal_inside)", "Identity (causal_inside)"))),
-    "the future is seen": ("window", body(("And (causal, inside)", "Identity (inside)"))),
-    "one expert fewer": ("gate", attributes(top_k=1)),
-    "one expert more": ("gate", attributes(top_k=3)),
-    "not renormalised": ("gate", body(("Div (best_NK, total_N1)", "Identity (best_NK)"))),
-    "worst experts": ("gate", body(("TopK <axis = -1>", "TopK <axis = -1, largest = 0>"))),
-    "one expert more, top-k first": ("gate, top-k first", attributes(top_k=3)),
-    "not renormalised, top-k first": ("gate, top-k first", body(("Div (best_NK, total_N1)", "Identity (best_NK)"))),
-    **{
-        f"{name} for silu": ("experts", attributes(activation=name))
-        for name in ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh")
-    },
-    "gate and up exchanged": ("experts", inputs(0, 1, 2, 4, 3, 5)),
-    "gate for both": ("experts", inputs(0, 1, 2, 3, 3, 5)),
-    "all experts alike": (
-        "experts",
-        body(
-            ("(nothing_NE, expert_NK, weight_NK)", "(nothing_NE, first, weight_NK)"),
-            ("axis_0 =", "first = Sub (expert_NK, expert_NK) axis_0 ="),
-        ),
-    ),
-    "weights left away": ("experts", body(("Mul (out_ENC, weight_EN1)", "Identity (out_ENC)"))),
-}
-
-
-BLIND = {
-    "one cosine for both",
-    "count instead of start",
-    "start instead of count",
-    "key for value",
-    "count for start",
-    "gate for both",
-}
-"""Faults that leave out a value which the graph reads: the proof has nothing to feed it with."""
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_a_right_match_passes(name: str) -> None:
-    place = PLACES[name]
-    *_, record = fuse(place.text, *place.rules)[1]
-    assert record.error is not None
-    assert 0 <= record.error <= TOLERANCES["float32"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught_and_the_graph_left_alone(fault: str) -> None:
-    name, change = FAULTS[fault]
-    place = PLACES[name]
-    model, *_ = fuse(place.text, *place.rules[:-1]) if place.rules[:-1] else (canonical(place.text),)
-    untouched = serialised(model)
-    rule = place.rules[-1]
-    faulty = replace(rule, match=lambda model, anchor: change(rule.match(model, anchor)))
-    with pytest.raises(ProofError, match=f"{rule.name} in the model") as caught:
-        apply(model, faulty)
-    expected = (
-        "the region also needs the data of" if fault in BLIND else "does not compute what the graph computed before"
-    )
-    assert expected in str(caught.value)
-    assert serialised(model) == untouched
-    assert apply(model, rule)[0]
+from tests.graph_passes.faults import attributes, body
+from tests.graph_passes.texts import ATTENTION, EXPERTS, GATE, ROPE, fuse
+from tests.support.graphs import canonical, mutate, op_types, statements
 
 
 def test_the_proof_is_the_same_every_time() -> None:

@@ -151,6 +151,15 @@ EXPERTS = """g (float[N,12] x, float[N,2] weight, int64[N,2] expert, float[4,10,
 }"""
 
 
+SWIGLU = """g (float[N,12] x, float[12,10] gate_weight, float[12,10] up_weight) => (float[N,10] gated) {
+    gate = MatMul (x, gate_weight)
+    up = MatMul (x, up_weight)
+    slope = Sigmoid (gate)
+    active = Mul (gate, slope)
+    gated = Mul (active, up)
+}"""
+
+
 def fuse(text: str, *rules: Rule, proving: bool = True) -> tuple[ir.Model, list[FusionRecord]]:
     """The canonical graph after the rules, and what they did; each must have fired."""
     model, done = canonical(text), []
