@@ -12,7 +12,8 @@ from graph_passes.driver_types import Adapted, FusionRecord, Match, RefusalRecor
 from graph_passes.graph import Refusal, scope, source_line
 from graph_passes.ops.base import declare
 from graph_passes.prove import Proof, prove
-from runtime.errors import FusionError
+from graph_passes.twin import Twin
+from runtime.errors import FusionError, ProofError
 
 _FARTHEST = 60
 """Nodes from the anchor within which the place of a refusal is looked for."""
@@ -36,6 +37,34 @@ def apply(model: ir.Model, rule: Rule, *, proving: bool = True) -> tuple[list[Fu
             continue
         fused.append(rewrite(model, match, prove(model, match) if proving else None))
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    return fused, refused
+
+
+def apply_in_step(
+    twin: Twin, model: ir.Model, rule: Rule, *, proving: bool = True
+) -> tuple[list[FusionRecord], list[RefusalRecord]]:
+    """`apply` on a model that is too large to be run: matched and proved on the twin, carried over, both rewritten."""
+    fused: list[FusionRecord] = []
+    refused: list[RefusalRecord] = []
+    for anchor in list(twin.small.graph):
+        if anchor.graph is None or (anchor.domain, anchor.op_type) not in rule.anchors:
+            continue
+        try:
+            match = rule.match(twin.small, anchor)
+        except Refusal as refusal:
+            refused.append(_refused(rule, anchor, refusal))
+            continue
+        proof = prove(twin.small, match) if proving else None
+        large = twin.transplant(match)
+        small_record, record = rewrite(twin.small, match, proof), rewrite(model, large, proof)
+        if small_record != record:
+            raise ProofError(
+                f"{match.place}: the small twin that proved this rewrite replaced {small_record.replaced} and the model "
+                f"{record.replaced}. Nothing was written."
+            )
+        fused.append(record)
+    for each in (twin.small, model):
+        common.RemoveUnusedFunctionsPass()(each)  # type: ignore[no-untyped-call]
     return fused, refused
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import onnx_ir as ir
 
 from graph_passes.canonical import canonicalise
-from graph_passes.driver import apply
+from graph_passes.driver import apply, apply_in_step
 from graph_passes.driver_types import FusionRecord, RefusalRecord, Rule
 from graph_passes.dump import dump
 from graph_passes.fuse import gated_activation, gqa, moe, moe_gate, rolling_kv, rope, sliding_window
+from graph_passes.twin import Twin
 from runtime.errors import FusionError
 
 PIPELINE: tuple[tuple[Rule, str], ...] = (
@@ -76,6 +77,7 @@ def run(
     expected: Mapping[str, int],
     *,
     proving: bool = True,
+    twin: ir.Model | None = None,
     dump_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> PipelineReport:
@@ -83,7 +85,9 @@ def run(
 
     expected: how often each rule must fire, by rule name; a rule that is not named must not fire. Too few or too many
     is a FusionError that carries the matchers' reasons. Raises ProofError when a rewrite changes the numbers.
+    twin: the same program traced with small sizes, where `model` is too large for proofs; it is rewritten as well.
     """
+    pair = None if twin is None else Twin(twin, model)
     passes: list[PassRecord] = []
     fusions: list[FusionRecord] = []
     refusals: list[RefusalRecord] = []
@@ -102,10 +106,15 @@ def run(
         dump(model, dump_folder / "00_traced.onnx")
     reason = "one spelling for every computation, before anything is matched"
     record("canonicalise", reason, lambda: canonicalise(model))
+    if twin is not None:
+        canonicalise(twin)
     for rule, reason in PIPELINE:
 
         def fuse(rule: Rule = rule) -> None:
-            done, refused = apply(model, rule, proving=proving)
+            if pair is None:
+                done, refused = apply(model, rule, proving=proving)
+            else:
+                done, refused = apply_in_step(pair, model, rule, proving=proving)
             _hold_to(rule.name, len(done), expected.get(rule.name, 0), refused)
             fusions.extend(done)
             refusals.extend(refused)
