@@ -45,8 +45,14 @@ def _pass_table(passes: Sequence[Mapping[str, Any]], fusions: Sequence[Mapping[s
     for step in passes:
         own = [fusion for fusion in fusions if fusion.get("rule") == step.get("name")]
         places = ", ".join(dict.fromkeys(str(fusion.get("scope")) for fusion in own))
-        errors = [fusion["error"] for fusion in own if fusion.get("error") is not None]
-        error = f"{max(errors):.1e}" if errors else "not proved" if own else ""
+        proofs = [(fusion["error"], fusion.get("precision")) for fusion in own if fusion.get("error") is not None]
+        error = _proof(*max(proofs)) if proofs else "not proved" if own else ""
         nodes = f"{step.get('nodes_before')} → {step.get('nodes_after')}"
         table.add_row(escape(str(step.get("name"))), str(len(own) or ""), escape(places), error, nodes)
     return table
+
+
+def _proof(error: float, precision: str | None) -> str:
+    """The largest error of a pass's proofs; 0 where region and node agree in every bit."""
+    figure = f"{error:.1e}" if error else "0"
+    return f"{figure} in {precision}" if precision else figure

@@ -18,6 +18,7 @@ from graph_passes.fuse import gated_activation, gqa, moe, moe_gate, rolling_kv, 
 from graph_passes.twin import Twin
 from runtime.errors import FusionError
 
+CANONICALISE_REASON = "one spelling for every computation, before anything is matched"
 PIPELINE: tuple[tuple[Rule, str], ...] = (
     (rope.RULE, "first, since it needs nothing of the others and takes the most nodes out of their way"),
     (rolling_kv.RULE, "before attention, so that keys and values come from a named ring and not from a scatter"),
@@ -104,8 +105,7 @@ def run(
 
     if dump_folder is not None:
         dump(model, dump_folder / "00_traced.onnx")
-    reason = "one spelling for every computation, before anything is matched"
-    record("canonicalise", reason, lambda: canonicalise(model))
+    record("canonicalise", CANONICALISE_REASON, lambda: canonicalise(model))
     if twin is not None:
         canonicalise(twin)
     for rule, reason in PIPELINE:
