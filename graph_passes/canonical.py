@@ -12,6 +12,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxscript.optimizer
 
+from graph_passes.canonical_algebra import multiplies_by_one, repeat_after_functions, undoes_transpose
+from graph_passes.canonical_products import order_products
+from graph_passes.canonical_shapes import state_targets
 from graph_passes.graph import constant, dims, integers
 from graph_passes.unbound import is_unbound
 
@@ -25,10 +28,13 @@ _CSE_ROUNDS = 4
 def canonicalise(model: ir.Model) -> None:
     """Bring `model` into canonical form, in place. Weights without data stay untouched."""
     _fold(model)
+    state_targets(model)
     share_shape_sources(model)
+    order_products(model)
     for _ in range(_CSE_ROUNDS):
         changed = elide_no_ops(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        changed |= repeat_after_functions(model)
         changed |= share_constants(model)
         changed |= common.CommonSubexpressionEliminationPass()(model).modified
         changed |= common.RemoveUnusedNodesPass()(model).modified
@@ -58,12 +64,15 @@ def _fold(model: ir.Model) -> None:
 
 
 def elide_no_ops(model: ir.Model) -> bool:
-    """Remove nodes whose output is their input: Identity, Cast to the same type, full Slice, idle Reshape."""
+    """Remove nodes whose output is an input: Identity, Cast to the same type, full Slice, idle Reshape, times one.
+
+    A Transpose that undoes the one before it goes too, and so does one that leaves the axes as they are.
+    """
     removed = False
     for node in list(model.graph):
-        if node.domain != "" or not node.inputs or node.inputs[0] is None or not _changes_nothing(node):
+        source, target = _unchanged(node), node.outputs[0]
+        if source is None:
             continue
-        source, target = node.inputs[0], node.outputs[0]
         if target.is_graph_output():
             if source.producer() is None or source.is_graph_output():
                 continue  # a graph output needs a node of its own
@@ -72,6 +81,17 @@ def elide_no_ops(model: ir.Model) -> bool:
         model.graph.remove(node, safe=True)
         removed = True
     return removed
+
+
+def _unchanged(node: ir.Node) -> ir.Value | None:
+    """The value that `node` hands on as it is; None when it makes another."""
+    if node.domain != "" or not node.inputs or node.inputs[0] is None:
+        return None
+    if node.op_type == "Transpose":
+        return undoes_transpose(node)
+    if (index := multiplies_by_one(node)) is not None:
+        return node.inputs[index]
+    return node.inputs[0] if _changes_nothing(node) else None
 
 
 def _changes_nothing(node: ir.Node) -> bool:

@@ -46,6 +46,7 @@ class Region:
         self, model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, wide: bool = False
     ) -> None:
         self._wide = wide
+        self._nothing: dict[tuple[str, tuple[int, ...]], npt.NDArray[Any]] = {}
         self.inputs = tuple(inputs)
         self._shape_only = _shape_only_inputs(self.inputs, outputs)
         try:
@@ -84,12 +85,19 @@ class Region:
         feeds = {str(v.name): self._fed(a) for v, a in zip(self.inputs, arrays, strict=True)}
         for value in self._shape_only:
             shape = [d if isinstance(d, int) else extents.get(d, 1) for d in dims(value)]
-            dtype = value.dtype.numpy() if value.dtype is not None else np.float32
-            feeds[str(value.name)] = self._fed(np.zeros(shape, dtype))
+            feeds[str(value.name)] = self._zeros(value, tuple(shape))
         try:
             return list(self._session.run(None, feeds))
         except _RUN_ERRORS as error:
             raise Refusal(f"the region cannot run on these inputs: {error}", None) from error
+
+    def _zeros(self, value: ir.Value, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Never written to, and so without cost in memory; kept, since a ring of real size is asked for at each run."""
+        key = str(value.name), shape
+        if key not in self._nothing:
+            dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+            self._nothing[key] = np.zeros(shape, np.float64 if self._wide and dtype == np.float32 else dtype)
+        return self._nothing[key]
 
     def _fed(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return array.astype(np.float64) if self._wide and array.dtype == np.float32 else array

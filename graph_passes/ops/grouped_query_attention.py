@@ -19,10 +19,17 @@ def _body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Scores with a spread, masks that leave one key, some and all; every query sees at least one key."""
+    """Scores with a spread, masks that leave one key, some and all; every query sees at least one key.
+
+    What the graph holds fixed stays so, and where queries and keys share an extent (no cache) they share it here.
+    """
+    (rows, _, tokens, _), slots = shapes[0], shapes[1][2]
     H, D = static(shapes[0], 1, 4), static(shapes[0], 3, 8)
     G = static(shapes[1], 1, 2)
     for B, T, S in ((1, 1, 6), (2, 3, 7)):
+        S = slots if isinstance(slots, int) else S
+        T = tokens if isinstance(tokens, int) else S if tokens == slots else T
+        B = rows if isinstance(rows, int) else B
         query = 2 * rng.standard_normal((B, H, T, D), dtype=np.float32)
         key, value = rng.standard_normal((2, B, G, S, D), dtype=np.float32)
         for share in (0.0, 0.5, 1.0):

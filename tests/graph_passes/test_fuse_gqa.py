@@ -19,6 +19,14 @@ ONE_GROUP = [
     ("float[B,2,2,S,6] value_wide", "float[B,1,4,S,6] value_wide"),
     ("(rows, two, two, slots_1, six)", "(rows, axis_1, four, slots_1, six)"),
 ]
+MASK_PER_HEAD = [
+    ("Where (visible, scores", "Where (each, scores"),
+    (
+        "masked =",
+        "per_head = Concat <axis = 0> (rows, four, tokens_1, slots_1) each = Expand (visible, per_head) masked =",
+    ),
+    ("bool[B,1,T,S] visible", "bool[B,1,T,S] visible, bool[B,4,T,S] each"),
+]
 
 
 def feeds(groups: int = 2) -> Arrays:
@@ -51,8 +59,36 @@ def multi_head(text: str) -> str:
         ([("Mul (product, scale)", "Identity (product)")], 1.0),
         ([("-3.0e38", "-1.0e30")], 0.4),
         (ONE_GROUP, 0.4),
+        ([("key_wide = Expand (key_5, wide)", "key_wide = Concat <axis = 2> (key_5, key_5)")], 0.4),
+        (MASK_PER_HEAD, 0.4),
+        (
+            [
+                ("Where (visible, scores, lowest)", "Where (hidden, lowest, scores)"),
+                ("masked =", "hidden = Not (visible) masked ="),
+            ],
+            0.4,
+        ),
+        (
+            [
+                ("Mul (product, scale)", "Neg (negative)"),
+                ("scores =", "minus = Neg (scale) negative = Mul (product, minus) scores ="),
+            ],
+            0.4,
+        ),
     ],
-    ids=["as traced", "scale on the left", "divided", "scaled twice", "not scaled", "less low", "multi-query"],
+    ids=[
+        "as traced",
+        "scale on the left",
+        "divided",
+        "scaled twice",
+        "not scaled",
+        "less low",
+        "multi-query",
+        "joined copies",
+        "mask for each head",
+        "hidden and not visible",
+        "negative twice",
+    ],
 )
 def test_fuses(spelling: list[tuple[str, str]], scale: float) -> None:
     text = mutate(ATTENTION, *spelling)
@@ -75,88 +111,93 @@ def test_fuses_multi_head_attention_without_a_repeat() -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ([("Softmax <axis = -1>", "Softmax <axis = 2>")], "not a softmax over the last of four axes"),
+        ([("Softmax <axis = -1>", "Softmax <axis = 2>")], "not a softmax over the last axis of scores [..., T, S]"),
         (
-            [("masked = Where (visible, scores, lowest)", "masked = Add (scores, lowest)")],
-            "'masked' should come from Where",
-        ),
-        ([("-3.0e38", "-1.0e4")], "masked scores are -10000.0, which leaves them some weight"),
-        (
-            [("int64[B] start", "float low, int64[B] start"), ("(visible, scores, lowest)", "(visible, scores, low)")],
-            "masked scores are None, which leaves them some weight",
+            [
+                ("masked = Where (visible, scores, lowest)", "masked = Add (scores, given)"),
+                ("int64[B] start", "float[B,1,T,S] given, int64[B] start"),
+            ],
+            "comes from outside as float values ('given'), which cannot be known",
         ),
         (
             [
-                ("Where (visible, scores", "Where (each, scores"),
+                ("masked = Where (visible, scores, lowest)", "masked = Add (scores, deep)"),
+                ("int64[B] start", "float[B,1,T,S] given, int64[B] start"),
                 (
-                    "masked =",
-                    """per_head = Concat <axis = 0> (rows, four, tokens_1, slots_1)
-                    each = Expand (visible, per_head) masked =""",
+                    "lowest =",
+                    "nothing = Constant <value_float = 0.0> () deep = Where (visible, nothing, given) lowest =",
                 ),
-                ("bool[B,1,T,S] visible", "bool[B,1,T,S] visible, bool[B,4,T,S] each"),
             ],
-            "the mask is not bool [B, 1, T, S]",
+            "comes from outside as float values ('given'), which cannot be known",
+        ),
+        (
+            [
+                ("Where (visible, scores, lowest)", "Where (visible, scores, some)"),
+                ("lowest =", "some = Neg (scores) lowest ="),
+            ],
+            "neither choice of the mask is a constant number",
+        ),
+        ([("-3.0e38", "-1.0e4")], "masked scores are -10000, which leaves them some weight"),
+        (
+            [("int64[B] start", "float low, int64[B] start"), ("(visible, scores, lowest)", "(visible, scores, low)")],
+            "neither choice of the mask is a constant number",
+        ),
+        (
+            [
+                ("int64[B] start", "bool[B,4,T,S] each, int64[B] start"),
+                ("Where (visible, scores", "Where (each, scores"),
+            ],
+            "the mask 'each' is [B, 4, T, S], but must be [B, 1, T, S]",
+        ),
+        (
+            [("int64[B] start", "bool[T,S] each, int64[B] start"), ("Where (visible, scores", "Where (each, scores")],
+            "the mask 'each' is [T, S], but must be [B, 1, T, S]: of its own for each row",
         ),
         (
             [
                 ("Where (visible, scores", "Where (square, scores"),
                 ("masked =", "square = Squeeze (visible, axis_1) masked ="),
             ],
-            "the mask is not bool [B, 1, T, S]",
+            "computes something else",  # rows of the mask are taken for heads
         ),
         (
-            [
-                ("<axis = 0> (rows, four, slots_1, six)", "<axis = 0> (rows, four, six, slots_1)"),
-                ("[B,4,S,6] key_heads", "[B,4,6,S] key_heads"),
-                ("<perm = [0, 1, 3, 2]> (key_heads)", "<perm = [0, 1, 2, 3]> (key_heads)"),
-                ("Reshape (value_wide, flat)", "Reshape (value_wide, other)"),
-                ("flat =", "other = Concat <axis = 0> (rows, four, slots_1, six) flat ="),
-            ],
-            "keys are not transposed over their last two axes",
+            [("float[B,4,T,6] query", "float[B,H,T,6] query")],
+            "the result 'attended' [B, 4, T, 6] has not the shape [B, H, T, D] of the queries",
         ),
-        ([("float[B,4,T,6] query", "float[B,H,T,6] query")], "axis 1 of 'query' is H, but must be a fixed size"),
         (
             [
                 ("int64[B] start", "int64[B] start, float[B,4,6,T] left"),
                 ("MatMul (weights, value_heads)", "MatMul (left, weights)"),
                 ("float[B,4,T,6] attended", "float[B,4,6,S] attended"),
             ],
-            "the attention weights are not the left factor",
+            "the shapes do not fit together: the result is 'attended' [B, 4, 6, S]",
         ),
         (
             [("float[B,4,T,6] attended", "float[B,4,T,6] attended, float[B,4,T,S] weights")],
-            "'weights' has 1 readers, but must have one",
+            "the weights 'weights' have 1 readers and the graph returns it, but must have one",
         ),
         (
             [
                 ("float[B,4,T,6] attended", "float[B,4,T,6] attended, float[B,4,T,S] sharp"),
                 ("attended = MatMul", "sharp = Sqrt (weights) attended = MatMul"),
             ],
-            "'weights' has 2 readers, but must have one",
+            "the weights 'weights' have 2 readers, but must have one",
         ),
         (
             [("MatMul (weights, value_heads)", "Neg (weights)"), ("T,6] attended", "T,S] attended")],
-            "should go into MatMul, but goes into Neg",
-        ),
-        (
-            [
-                ("float[B,2,S,6] value", "float[B,4,S,6] value"),
-                ("MatMul (weights, value_heads)", "MatMul (weights, value)"),
-            ],
-            "keys have 2 heads and values 4",
+            "the weights should go into a product with the values, but go into Neg",
         ),
         (
             [("(key_heads)", "(key)"), ("float[B,2,S,6] key", "float[B,1,S,6] key")],
-            "'key' has 1 heads where the query has 4",
+            "the values 'value' [B, 2, S, 6] have not the shape [B, G, S, D] of the keys",
         ),
         (
             [("Unsqueeze (key, axis_2)", "Unsqueeze (key, axis_1)")],
-            "heads are not repeated on an axis of their own behind the head axis",
+            "the heads of 'key' are tiled (0 1 0 1)",
         ),
-        ([("float[B,4,T,6] query", "float[B,1,T,6] query")], "2 heads repeated 2 times do not serve 1 query heads"),
         (
-            [("key_wide = Expand (key_5, wide)", "key_wide = Concat <axis = 2> (key_5, key_5)")],
-            "'key_wide' should come from Expand",
+            [("float[B,4,T,6] query", "float[B,1,T,6] query")],
+            "the result 'attended' [B, 4, T, 6] has not the shape [B, H, T, D] of the queries",
         ),
         (
             [
@@ -174,7 +215,7 @@ def test_fuses_multi_head_attention_without_a_repeat() -> None:
                     key_5 =""",
                 ),
             ],
-            "D is 8 in 'value' (value_BGSD) and 6 elsewhere",
+            "the result 'attended' [B, 4, T, 8] has not the shape [B, H, T, D] of the queries",
         ),
         (
             [
@@ -182,7 +223,7 @@ def test_fuses_multi_head_attention_without_a_repeat() -> None:
                 ("int64[B] start", "int64[1] start"),
                 ("int64[B] count", "int64[1] count"),
             ],
-            "B is 1 in 'visible' (visible_B1TS) and B elsewhere",
+            "the mask 'visible' is [1, 1, T, S], but must be [B, 1, T, S]: of its own for each row",
         ),
     ],
 )
@@ -190,27 +231,49 @@ def test_refuses(fault: list[tuple[str, str]], reason: str) -> None:
     assert reason in refusal(mutate(ATTENTION, *fault), gqa.RULE)
 
 
-def test_reshapes_of_another_kind_are_no_repeat() -> None:
-    """Slots and head dim change places and change back: same shape, other values."""
-    text = mutate(
-        ATTENTION,
-        ("key_heads = Reshape (key_wide, flat)", "key_heads = Reshape (key_odd, flat)"),
-        ("key_5 =", "odd = Concat <axis = 0> (rows, four, six, slots_1) key_5 ="),
-        ("value_5 =", "key_odd = Reshape (key_wide, odd) value_5 ="),
-    )
-    with pytest.raises(AssertionError, match="'key_odd' should come from Expand"):
-        fuse(text, gqa.RULE)
+REGROUPED = [
+    (
+        "key_heads = Reshape (key_wide, flat)",
+        "odd = Concat <axis = 0> (rows, four, six, slots_1) key_odd = Reshape (key_wide, odd) "
+        "key_heads = Reshape (key_odd, flat)",
+    ),
+]
+OWN_VALUES = [
+    (
+        "    value_5 = Unsqueeze (value, axis_2)\n    value_wide = Expand (value_5, wide)\n"
+        "    value_heads = Reshape (value_wide, flat)\n",
+        "",
+    ),
+    ("float[B,2,S,6] value", "float[B,4,S,6] value"),
+    ("MatMul (weights, value_heads)", "MatMul (weights, value)"),
+]
+MIXED_UP = [
+    ("Transpose <perm = [0, 1, 3, 2]> (key_heads)", "Transpose (key_heads)"),
+    ("float[B,4,S,6] key_heads", "float[S,6,4,B] key_heads"),
+    ("Reshape (key_wide, flat)", "Reshape (key_wide, turned)"),
+    ("key_5 =", "turned = Concat <axis = 0> (slots_1, six, four, rows) key_5 ="),
+]
 
 
-def test_a_transpose_without_perm_reverses_the_axes() -> None:
-    text = mutate(
-        ATTENTION,
-        ("Transpose <perm = [0, 1, 3, 2]> (key_heads)", "Transpose (key_heads)"),
-        ("float[B,4,S,6] key_heads", "float[S,6,4,B] key_heads"),
-        ("Reshape (key_wide, flat)", "Reshape (key_wide, turned)"),
-        ("key_5 =", "turned = Concat <axis = 0> (slots_1, six, four, rows) key_5 ="),
-    )
-    assert "keys are not transposed over their last two axes" in refusal(text, gqa.RULE)
+@pytest.mark.parametrize(
+    ("spelling", "inputs"),
+    [
+        (REGROUPED, "query, key, value, visible"),
+        (OWN_VALUES, "query, key_heads, value, visible"),
+        (MIXED_UP, "query, attended__GroupedQueryAttention__input_1_0_out, value_heads, visible"),
+    ],
+    ids=["two reshapes that undo each other", "as many value as query heads", "keys that are no repeat"],
+)
+def test_what_is_no_repeat_stays_outside(spelling: list[tuple[str, str]], inputs: str) -> None:
+    """The node then takes what the repeat would have given it: more than is needed, and right."""
+    text = mutate(ATTENTION, *spelling)
+    model, _ = fuse(text, gqa.RULE)
+    found = statements(model)[-1].partition("Attention(")[2].rstrip(")")
+    assert found.split(", ")[0::2] == inputs.split(", ")[0::2]
+    arrays = feeds()
+    if spelling is OWN_VALUES:
+        arrays["value"] = feeds(4)["value"]
+    assert_same_outputs(parse(text), model, arrays)
 
 
 def test_a_scale_per_head_is_no_scale() -> None:
@@ -223,7 +286,7 @@ def test_a_scale_per_head_is_no_scale() -> None:
             "each = Unsqueeze (per_head, spread) scale =",
         ),
     )
-    assert "'scores' should come from MatMul, but comes from Mul" in refusal(text, gqa.RULE)
+    assert "the scores are multiplied by more than one number, which is no scale" in refusal(text, gqa.RULE)
 
 
 def test_infinitely_low_scores_are_masked_too() -> None:

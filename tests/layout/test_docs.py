@@ -32,7 +32,7 @@ def test_the_worked_example_quotes_the_files_it_names() -> None:
     text = (DOCS / "write_a_fusion.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:graph_passes|exporter)/[\w/]+\.py)`", text)
     sources = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in dict.fromkeys(named))
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(r"```(?:python|text)\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) >= 5
     for block in blocks:
         assert block in sources, block
