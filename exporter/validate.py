@@ -66,10 +66,10 @@ def validate(
     from reference.oracle import Oracle
 
     session = load(bundle, backend=backend)
-    opened = _open(session, checkpoint)
+    opened = open_matching(session, checkpoint)
     rng = np.random.default_rng(seed)
     windows = opened.config.layer_windows
-    rows = _rows(_lengths(session, windows)[-1], opened.config.vocab_size, rng)
+    rows = _rows(boundary_lengths(session, windows)[-1], opened.config.vocab_size, rng)
     oracle = Oracle(opened)
     truth = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], torch.float64, progress))
     dtype = session.manifest.kv.dtype
@@ -99,7 +99,7 @@ def validate(
     )
 
 
-def _open(session: Session, checkpoint: str | Path | None) -> Checkpoint:
+def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint:
     """The checkpoint to compare with; refuses one of another shape."""
     recorded = session.manifest.provenance.get("checkpoint")
     path = checkpoint if checkpoint is not None else recorded
@@ -122,7 +122,7 @@ def _open(session: Session, checkpoint: str | Path | None) -> Checkpoint:
     return opened
 
 
-def _lengths(session: Session, windows: tuple[int | None, ...]) -> list[int]:
+def boundary_lengths(session: Session, windows: tuple[int | None, ...]) -> list[int]:
     """Prompt lengths on every border: W − 1, W, W + 1, 2W + 1, 3W + C for each window; C ± 1 and the context's end."""
     kv = session.manifest.kv
     lengths = {1, 2, kv.chunk - 1, kv.chunk, kv.chunk + 1, 2 * kv.chunk + 1}
@@ -151,7 +151,7 @@ def _compare(run: _Run, name: str, got: Logits, want: Logits, detail: str) -> Ch
 
 
 def _whole_prompts(run: _Run) -> Iterator[Check]:
-    for length in _lengths(run.session, run.windows):
+    for length in boundary_lengths(run.session, run.windows):
         run.session.reset()
         got = run.session.forward(run.rows[0][:length])[0]
         yield _compare(run, f"prompt of {length}", got, run.truth[0][:length], "whole prompt, all positions")

@@ -73,7 +73,7 @@ class ValidationReport:
             "checks": [
                 {
                     "name": check.name,
-                    "status": _status(check),
+                    "status": status_of(check),
                     "detail": check.detail,
                     "error": None if check.error is None else _finite(check.error),
                 }
@@ -88,7 +88,8 @@ def _finite(number: float) -> float | None:
     return number if abs(number) < float("inf") else None
 
 
-def _status(check: Check) -> str:
+def status_of(check: Check) -> str:
+    """The verdict of a check in one word or two."""
     return "not run" if check.passed is None else "passed" if check.passed else "failed"
 
 
@@ -120,7 +121,7 @@ def render(report: ValidationReport, console: Console) -> None:
     for check in report.checks:
         error = "" if check.error is None else f"{check.error:.1e}"
         share = "" if check.error is None else f"{100 * check.error / report.budget:.0f} %"
-        status = _status(check)
+        status = status_of(check)
         table.add_row(Text(check.name), Text(status, style=_COLOURS[status]), error, share, Text(check.detail))
     console.print(table)
     if report.position_errors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -20,6 +19,7 @@ from exporter.validate import render, validate
 from exporter.validation_report import Check, ValidationReport
 from runtime.errors import CheckpointError
 from tests.support.checkpoints import make_checkpoint
+from tests.support.planted import attribute, planted
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +35,6 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(bundle: Path) -> ValidationReport:
     return validate(bundle)
-
-
-def planted(bundle: Path, folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
-    """A copy of the bundle with a changed graph, its manifest brought up to date so that it loads."""
-    shutil.copytree(bundle, folder)
-    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    change(model)
-    data = model.SerializeToString()
-    (folder / "model.onnx").write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.onnx"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def attribute(model: onnx.ModelProto, op: str, name: str, index: int = 0) -> onnx.AttributeProto:
-    """An attribute of the index-th node of that op."""
-    node = [node for node in model.graph.node if node.op_type == op][index]
-    (found,) = [a for a in node.attribute if a.name == name]
-    assert isinstance(found, onnx.AttributeProto)
-    return found
 
 
 def change_window(by: int) -> Callable[[onnx.ModelProto], None]:

@@ -1,0 +1,94 @@
+"""`cierzo validate` and `cierzo bisect`: does an engine compute the reference's function, and if not, where not?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from exporter.cli_options import EXISTING, FOLDER, backend_option, json_option
+from exporter.console import output, print_json, progress_bars
+
+PARITY_FAILED = 1
+
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the token sequences.")
+
+
+@click.command()
+@click.argument("bundle", type=EXISTING)
+@click.argument("checkpoint", type=EXISTING, required=False)
+@backend_option
+@seed_option
+@click.option("--layers", is_flag=True, help="Also compare the output of every module.")
+@click.option(
+    "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write an HTML report there."
+)
+@json_option
+def validate(
+    bundle: Path,
+    checkpoint: Path | None,
+    backend: str | None,
+    seed: int,
+    layers: bool,
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    """Hold BUNDLE against the reference model of CHECKPOINT, by default the one that it was made from.
+
+    Exits 0 when every check holds, 1 when one fails, 2 when they could not be run.
+    """
+    from exporter.validate import render
+    from exporter.validate import validate as run
+
+    by_module = None
+    with progress_bars(quiet=as_json) as progress:
+        if layers:
+            from exporter.layer_parity import compare_layers
+            from exporter.parity_tools import require_polygraphy
+
+            require_polygraphy()  # before the other checks take their time
+        outcome = run(bundle, checkpoint, backend=backend, seed=seed, progress=progress)
+        if layers:
+            by_module = compare_layers(bundle, checkpoint, seed=seed, progress=progress)
+    if report is not None:
+        from exporter.html_report import write_html
+
+        write_html(report, outcome, by_module)
+    passed = outcome.passed and (by_module is None or by_module.passed)
+    if as_json:
+        extra = {} if by_module is None else {"passed": passed, "layers": by_module.to_json()}
+        print_json(outcome.to_json() | extra)
+    else:
+        render(outcome, output())
+        if by_module is not None:
+            from exporter.layer_report import render_layers
+
+            render_layers(by_module, output())
+        if report is not None:
+            click.echo(f"wrote {report}")
+    if not passed:
+        click.get_current_context().exit(PARITY_FAILED)
+
+
+@click.command()
+@click.argument("bundle", type=EXISTING)
+@click.argument("checkpoint", type=EXISTING, required=False)
+@click.option("--out", type=FOLDER, required=True, help="Write the smallest failing model into this new folder.")
+@seed_option
+@json_option
+def bisect(bundle: Path, checkpoint: Path | None, out: Path, seed: int, as_json: bool) -> None:
+    """Name the pass, the layer and the node of BUNDLE that compute something else than CHECKPOINT says.
+
+    Exits 0 when no node does, 1 when one was found, 2 when it could not be run.
+    """
+    from exporter.bisect import bisect as run
+    from exporter.bisect_report import render_bisect
+
+    with progress_bars(quiet=as_json) as progress:
+        outcome = run(bundle, checkpoint, out, seed=seed, progress=progress)
+    if as_json:
+        print_json(outcome.to_json())
+    else:
+        render_bisect(outcome, output())
+    if not outcome.healthy:
+        click.get_current_context().exit(PARITY_FAILED)
