@@ -6,41 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from graph_passes.ops.activations import activation_body
 from graph_passes.ops.base import Arrays, Attributes, PluginOp, Shapes, static
 
-ACTIVATIONS = {
-    "silu": """
-    gate_sigmoid = Sigmoid (gate_ENI)
-    active_ENI = Mul (gate_ENI, gate_sigmoid)
-    """,
-    "gelu": """
-    active_ENI = Gelu <approximate = "none"> (gate_ENI)
-    """,
-    "gelu_tanh": """
-    active_ENI = Gelu <approximate = "tanh"> (gate_ENI)
-    """,
-    "quick_gelu": """
-    slope_raw = Constant <value_float = 1.702> ()
-    slope = CastLike (slope_raw, gate_ENI)
-    gate_steep = Mul (gate_ENI, slope)
-    gate_sigmoid = Sigmoid (gate_steep)
-    active_ENI = Mul (gate_ENI, gate_sigmoid)
-    """,
-    "relu": """
-    active_ENI = Relu (gate_ENI)
-    """,
-    "relu2": """
-    gate_positive = Relu (gate_ENI)
-    active_ENI = Mul (gate_positive, gate_positive)
-    """,
-    "sigmoid": """
-    active_ENI = Sigmoid (gate_ENI)
-    """,
-    "tanh": """
-    active_ENI = Tanh (gate_ENI)
-    """,
-}
-"""Statements that make `active_ENI` from `gate_ENI`, by the value of the node's `activation`."""
+_MOST_NUMBERS = 1 << 16
+"""Matrices of up to so many numbers are proved at their own sizes, which constants in the region may hold."""
 
 
 def _body(attributes: Attributes) -> str:
@@ -65,7 +35,7 @@ def _body(attributes: Attributes) -> str:
     down_EIC = Transpose <perm = [0, 2, 1]> (down_ECI)
     gate_ENI = MatMul (x_NC, gate_ECI)
     up_ENI = MatMul (x_NC, up_ECI)
-    {ACTIVATIONS[str(attributes["activation"])].strip()}
+    {activation_body(str(attributes["activation"]), "gate_ENI", "active_ENI")}
     gated_ENI = Mul (active_ENI, up_ENI)
     out_ENC = MatMul (gated_ENI, down_EIC)
     weighted_ENC = Mul (out_ENC, weight_EN1)
@@ -76,21 +46,25 @@ def _body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Small experts (their sizes do not enter the routing) under every choice of K among E, each expert used."""
+    """Every expert in every one of the K places, random choices, tokens that all go the same way; tokens far from zero.
+
+    Large matrices are taken smaller: their sizes do not enter the routing.
+    """
     E = static(shapes[3], 0, 4)
     K = static(shapes[1], 1, 2)
-    C, I = 12, 10
-    for N in (1, 2 * E + 1):
-        x = rng.standard_normal((N, C), dtype=np.float32)
-        expert = np.stack([rng.permutation(E)[:K] for _ in range(N)]).astype(np.int64)
-        expert[:, 0] = np.arange(N) % E
-        for k in range(1, K):  # keep the K choices of a token distinct
-            while (clash := (expert[:, k : k + 1] == expert[:, :k]).any(axis=1)).any():
-                expert[clash, k] = (expert[clash, k] + 1) % E
+    C, I = static(shapes[0], 1, 12), static(shapes[3], 1, 10)
+    if E * I * C > _MOST_NUMBERS:
+        C, I = 12, 10
+    in_turn = (np.arange(E)[:, None] + np.arange(K)) % E
+    at_random = np.stack([rng.permutation(E)[:K] for _ in range(E + 1)])
+    alike = np.tile(rng.permutation(E)[:K], (3, 1))
+    for expert, size in ((at_random[:1], 1), (np.concatenate([in_turn, at_random]), 1), (alike, 16)):
+        N = len(expert)
+        x = np.float32(size) * rng.standard_normal((N, C), dtype=np.float32)
         weight = rng.random((N, K), dtype=np.float32) + np.float32(0.1)
         gate, up = rng.standard_normal((2, E, I, C), dtype=np.float32)
         down = rng.standard_normal((E, C, I), dtype=np.float32)
-        yield x, weight, expert, gate, up, down
+        yield x, weight, expert.astype(np.int64), gate, up, down
 
 
 MIXTURE_OF_EXPERTS = PluginOp(

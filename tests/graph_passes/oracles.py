@@ -96,3 +96,9 @@ def experts(x: Array, weight: Array, expert: Array, gate: Array, up: Array, down
         active = ACTIVATIONS[activation](torch.from_numpy(wide[0][e] @ token)).numpy()
         out[n] += weight[n, k] * (wide[2][e] @ (active * (wide[1][e] @ token)))
     return out
+
+
+def gated(gate: Array, up: Array, *, activation: str) -> Array:
+    """act(gate) · up in float64."""
+    active = ACTIVATIONS[activation](torch.from_numpy(gate.astype(np.float64))).numpy()
+    return np.asarray(active * up.astype(np.float64))

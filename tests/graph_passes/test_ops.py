@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from graph_passes.ops import DOMAIN, OPS, OPSET
+from graph_passes.ops.activations import ACTIVATIONS
 from graph_passes.ops.base import declare
-from graph_passes.ops.moe import ACTIVATIONS
 from graph_passes.ops.sliding_window_attention import visible_pairs
 from tests.graph_passes import oracles
 from tests.support.graphs import Arrays, check, run
@@ -34,6 +34,8 @@ class Case:
     @property
     def shapes(self) -> list[tuple[int | str, ...]]:
         names = OPS[self.op].inputs
+        if OPS[self.op].pointwise:  # any rank, one shape
+            return [tuple(self.extents)] * len(names)
         return [tuple(self.extents.get(s, 1 if s == "1" else s) for s in name.rpartition("_")[2]) for name in names]
 
 
@@ -50,6 +52,8 @@ CASES = [
     *(Case("MoEGate", {"top_k": k}, {"E": e}) for e, k in ((4, 1), (4, 2), (8, 3), (8, 8), (1, 1))),
     *(Case("MixtureOfExperts", {"activation": name}, {"E": 4, "K": 2}) for name in sorted(ACTIVATIONS)),
     *(Case("MixtureOfExperts", {"activation": "silu"}, {"E": e, "K": k}) for e, k in ((1, 1), (4, 1), (4, 3), (8, 3))),
+    *(Case("GatedActivation", {"activation": name}, {"N": 0, "I": 0}) for name in sorted(ACTIVATIONS)),
+    Case("GatedActivation", {"activation": "silu"}, {"B": 0, "T": 0, "I": 0}),
 ]
 
 
@@ -63,7 +67,8 @@ def model_of(case: Case) -> ir.Model:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     inputs = [value(name, shape) for name, shape in zip(op.inputs, case.shapes, strict=True)]
-    outputs = [value(name, [f"{name}_{axis}" for axis in name.rpartition("_")[2]]) for name in op.outputs]
+    axes = {name: case.shapes[0] if op.pointwise else name.rpartition("_")[2] for name in op.outputs}
+    outputs = [value(name, [f"{name}_{axis}" for axis in axes[name]]) for name in op.outputs]
     node = op.node(inputs, case.attributes, outputs)
     graph = ir.Graph(inputs, outputs, nodes=[node], opset_imports={"": OPSET}, name="alone")
     model = ir.Model(graph, ir_version=11)
@@ -87,6 +92,8 @@ def meaning(case: Case, feeds: Arrays) -> list[Any]:
             return [oracles.attention(query, key, value, visible, scale=float(a["scale"]))]
         case "MoEGate":
             return list(oracles.gate(*inputs, top_k=int(a["top_k"])))
+        case "GatedActivation":
+            return [oracles.gated(*inputs, activation=str(a["activation"]))]
         case _:
             return [oracles.experts(*inputs, activation=str(a["activation"]))]
 

@@ -108,15 +108,19 @@ def test_anchors_that_do_not_match_are_reported_with_reason_and_scope() -> None:
     assert record.reason.startswith("not a Concat of two halves along the last of four axes at Concat ")
 
 
-TWO_MIXTURES = EXPERTS.replace("    y = ReduceSum", "    x_2 = ReduceSum").replace("}", "") + "\n".join(
+TWO_ROUTES = EXPERTS.replace("int64[N,2] expert,", "int64[N,2] expert, float[N,2] weight_2, int64[N,2] expert_2,")
+TWO_MIXTURES = TWO_ROUTES.replace("    y = ReduceSum", "    x_2 = ReduceSum").replace("}", "") + "\n".join(
     f"    {line.strip()}"
     for line in """
+    scattered_2 = ScatterElements <axis = 1> (nothing, expert_2, weight_2)
+    other_EN = Transpose <perm = [1, 0]> (scattered_2)
+    other_EN1 = Unsqueeze (other_EN, axis_2)
     gate_x_2 = MatMul (x_2, gate_t)
     up_x_2 = MatMul (x_2, up_t)
     active_2 = Relu (gate_x_2)
     gated_2 = Mul (active_2, up_x_2)
     out_2 = MatMul (gated_2, down_t)
-    weighted_2 = Mul (out_2, weight_EN1)
+    weighted_2 = Mul (out_2, other_EN1)
     y = ReduceSum <keepdims = 0> (weighted_2, axis_0)
 }""".splitlines()
 )
@@ -135,7 +139,7 @@ def test_two_nodes_of_one_body_share_it() -> None:
     assert op_types(model) == ["MixtureOfExperts"] * 2
     assert len(records) == 2
     assert len(model.functions) == 1
-    assert statements(model)[1] == "y = cierzo.MixtureOfExperts(x_2, weight, expert, gate, up, down)"
+    assert statements(model)[1] == "y = cierzo.MixtureOfExperts(x_2, weight_2, expert_2, gate, up, down)"
 
 
 def test_a_match_of_the_wrong_shapes_cannot_be_made() -> None:
