@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from exporter.defaults import DEFAULT_MAX_BATCH
+from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS
 
 __all__ = ["export"]
 
@@ -26,6 +26,8 @@ def export(
     dump_passes: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     ignore_config_keys: Collection[str] = (),
+    frontend: str = FRONTENDS[0],
+    attention: str | None = None,
 ) -> Path:
     """Compile a checkpoint folder into a bundle folder; see `exporter.compile.export` for every argument."""
     from exporter import compile
@@ -41,4 +43,6 @@ def export(
         dump_passes=dump_passes,
         progress=progress,
         ignore_config_keys=ignore_config_keys,
+        frontend=frontend,
+        attention=attention,
     )

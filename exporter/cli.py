@@ -15,7 +15,8 @@ from typing import Any
 import click
 
 from exporter.cli_generate import generate
-from exporter.cli_options import EXISTING, FOLDER, backend_option, ignore_option, json_option
+from exporter.cli_options import EXISTING, FOLDER, ignore_option, json_option
+from exporter.cli_parity import bisect, validate
 from exporter.console import (
     READER_GONE,
     discard_stdout,
@@ -25,10 +26,9 @@ from exporter.console import (
     progress_bars,
     report_error,
 )
-from exporter.defaults import DEFAULT_MAX_BATCH, WEIGHT_KINDS
+from exporter.defaults import ATTENTIONS, DEFAULT_MAX_BATCH, FRONTENDS, WEIGHT_KINDS
 
 MODELS = ("mistral", "mixtral")
-PARITY_FAILED = 1
 
 
 @dataclass(slots=True)
@@ -119,6 +119,14 @@ def inspect(path: Path, ignored: tuple[str, ...], as_json: bool) -> None:
     type=click.IntRange(min=1),
     help="Tokens that layers without a window can hold.  [default: the checkpoint's, at most 4096]",
 )
+@click.option(
+    "--frontend", type=click.Choice(FRONTENDS), default=FRONTENDS[0], show_default=True, help="Whose model is traced."
+)
+@click.option(
+    "--attention",
+    type=click.Choice(ATTENTIONS),
+    help=f"How the front end transformers spells attention.  [default: {ATTENTIONS[0]}]",
+)
 @click.option("--no-prove", is_flag=True, help="Do not run each rewritten region against the original.")
 @click.option("--dump-passes", type=FOLDER, help="Write the graph after each pass into this folder.")
 @ignore_option
@@ -130,6 +138,8 @@ def export(
     chunk: int | None,
     max_batch: int,
     context: int | None,
+    frontend: str,
+    attention: str | None,
     no_prove: bool,
     dump_passes: Path | None,
     ignored: tuple[str, ...],
@@ -150,6 +160,8 @@ def export(
             dump_passes=dump_passes,
             progress=progress,
             ignore_config_keys=ignored,
+            frontend=frontend,
+            attention=attention,
         )
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     fusion = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["fusion"]
@@ -164,30 +176,6 @@ def export(
 
 
 @cli.command()
-@click.argument("bundle", type=EXISTING)
-@click.argument("checkpoint", type=EXISTING, required=False)
-@backend_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the token sequences.")
-@json_option
-def validate(bundle: Path, checkpoint: Path | None, backend: str | None, seed: int, as_json: bool) -> None:
-    """Hold BUNDLE against the reference model of CHECKPOINT, by default the one that it was made from.
-
-    Exits 0 when every check holds, 1 when one fails, 2 when they could not be run.
-    """
-    from exporter.validate import render
-    from exporter.validate import validate as run
-
-    with progress_bars(quiet=as_json) as progress:
-        report = run(bundle, checkpoint, backend=backend, seed=seed, progress=progress)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        render(report, output())
-    if not report.passed:
-        click.get_current_context().exit(PARITY_FAILED)
-
-
-@cli.command()
 @click.option("--keep", type=FOLDER, help="Leave the bundles in this folder.  [default: a temporary one]")
 @click.option("--model", type=click.Choice([*MODELS, "both"]), default="both", show_default=True, help="Which one.")
 def demo(keep: Path | None, model: str) -> None:
@@ -199,5 +187,7 @@ def demo(keep: Path | None, model: str) -> None:
 
 
 cli.add_command(generate)
+cli.add_command(validate)
+cli.add_command(bisect)
 
 main: Callable[[], None] = cli

@@ -12,7 +12,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from exporter.defaults import DEFAULT_MAX_BATCH, WEIGHT_KINDS
+from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, WEIGHT_KINDS
+from exporter.frontends import REFERENCE, Frontend, open_frontend, trace
 from exporter.plan import ExportPlan, make_plan
 from exporter.save import bundle_folder, file_entry, refuse_existing, refuse_full_disk, write_manifest
 from exporter.stitch import stitch
@@ -23,7 +24,6 @@ from exporter.trace import (
     TOKEN_COUNTS,
     past_names,
     present_names,
-    trace,
 )
 from exporter.weights import WEIGHTS_FILE, bind_weights, weight_bytes, write_weights
 from graph_passes import pipeline
@@ -60,6 +60,8 @@ def export(
     dump_passes: str | Path | None = None,
     progress: Progress | None = None,
     ignore_config_keys: Collection[str] = (),
+    frontend: str = FRONTENDS[0],
+    attention: str | None = None,
 ) -> Path:
     """Compile the Hugging Face checkpoint in folder `checkpoint` into the bundle folder `out`, and return `out`.
 
@@ -69,6 +71,8 @@ def export(
     dump_passes: a folder that gets the template's graph before and after each pass.
     progress: called with (stage, done, total).
     ignore_config_keys: keys of config.json that are known to change nothing.
+    frontend, attention: what is traced, "reference" or "transformers", and for the latter with "sdpa" (the default) or
+        "eager" attention; see `exporter.frontends`. The bundle is the same function with the same plugin nodes.
 
     Raises ConfigError and CheckpointError for what the checkpoint is, ExportError and its children for everything
     later. `out` exists afterwards, whole, or not at all.
@@ -79,11 +83,14 @@ def export(
     refuse_existing(target)
     dump_folder = None if dump_passes is None else _made_dump_folder(Path(dump_passes), target)
     opened = open_checkpoint(checkpoint, ignore_config_keys=ignore_config_keys)
+    chosen = open_frontend(frontend, attention, opened, ignore_config_keys)
     sources = bind(opened)
     plan = make_plan(opened.config, chunk=chunk, max_batch=max_batch, context=context)
     refuse_full_disk(target, weight_bytes(sources) + _GRAPH_ALLOWANCE)
-    model, report = build_graph(plan, prove=prove, dump_folder=dump_folder, progress=progress)
+    model, report = build_graph(plan, frontend=chosen, prove=prove, dump_folder=dump_folder, progress=progress)
     options = {
+        "frontend": chosen.name,
+        "attention": chosen.attention,
         "weights": weights,
         "chunk": plan.chunk,
         "max_batch": max_batch,
@@ -92,7 +99,7 @@ def export(
         "ignore_config_keys": sorted(ignore_config_keys),
     }
     with bundle_folder(target) as folder:
-        _write(folder, opened, sources, plan, model, report, options, progress)
+        _write(folder, opened, sources, plan, model, report, chosen, options, progress)
     return target
 
 
@@ -110,7 +117,12 @@ def _made_dump_folder(dump_passes: Path, target: Path) -> Path:
 
 @plain_torch()
 def build_graph(
-    plan: ExportPlan, *, prove: bool = True, dump_folder: Path | None = None, progress: Progress | None = None
+    plan: ExportPlan,
+    *,
+    frontend: Frontend = REFERENCE,
+    prove: bool = True,
+    dump_folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[ir.Model, pipeline.PipelineReport]:
     """The fused graph of all layers with unbound weights, and what the passes did to its template.
 
@@ -125,11 +137,17 @@ def build_graph(
         )
     if progress is not None:
         progress("tracing", 0, 1)
-    template = trace(plan)
+    template = trace(plan, frontend)
+    twin = trace(plan.twin, frontend) if plan.twin is not None else None
     if progress is not None:
         progress("tracing", 1, 1)
     report = pipeline.run(
-        template, expected_fusions(plan, len(plan.kinds)), proving=prove, dump_folder=dump_folder, progress=progress
+        template,
+        expected_fusions(plan, len(plan.kinds)),
+        twin=twin,
+        proving=prove,
+        dump_folder=dump_folder,
+        progress=progress,
     )
     model = stitch(template, plan)
     model.ir_version = IR_VERSION
@@ -181,6 +199,7 @@ def _write(
     plan: ExportPlan,
     model: ir.Model,
     report: pipeline.PipelineReport,
+    frontend: Frontend,
     options: Mapping[str, Any],
     progress: Progress | None,
 ) -> None:
@@ -215,7 +234,7 @@ def _write(
             "files": files,
             "provenance": {
                 "checkpoint": str(checkpoint.path),
-                "versions": {name: _version(name) for name in _VERSIONED},
+                "versions": {name: _version(name) for name in (*_VERSIONED, *frontend.distributions)},
                 "options": dict(options),
             },
             "fusion": {"nodes": expected_nodes(plan), **report.to_json()},

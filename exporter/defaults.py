@@ -16,3 +16,9 @@ DEFAULT_MAX_BATCH = 8
 
 WEIGHT_KINDS = ("fp32",)
 """Types of weights that an export writes; the first one is the default."""
+
+FRONTENDS = ("reference", "transformers")
+"""Where the traced model comes from; the first one is the default."""
+
+ATTENTIONS = ("sdpa", "eager")
+"""How the front end transformers spells attention; the first one is the default."""

@@ -8,6 +8,9 @@ from exporter.defaults import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_MAX_BATCH,
 from reference.config import ModelConfig
 from runtime.errors import ExportError
 
+_PROVABLE = 1 << 22
+"""Numbers in one matrix of all experts, above which a proof would take seconds and gigabytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
@@ -40,6 +43,21 @@ class ExportPlan:
     def template(self) -> ModelConfig:
         """The model that is traced: one layer of each kind."""
         return replace(self.config, num_layers=len(self.kinds), layer_windows=self.kinds)
+
+    @property
+    def twin(self) -> ExportPlan | None:
+        """The same plan with small experts, where the plan's own are too large to be run in a proof; else None.
+
+        The twin's hidden and intermediate size are no other size of the model: each stands for one size only.
+        """
+        config = self.config
+        if config.moe is None or config.moe.num_experts * config.hidden_size * config.intermediate_size <= _PROVABLE:
+            return None
+        heads = {config.num_heads, config.num_kv_heads}
+        taken = {config.vocab_size, config.head_dim, config.moe.num_experts, *heads}
+        taken |= {self.capacity(kind) for kind in range(len(self.kinds))} | {config.head_dim * n for n in heads}
+        hidden, intermediate = [n for n in (31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83) if n not in taken][:2]
+        return replace(self, config=replace(config, hidden_size=hidden, intermediate_size=intermediate))
 
 
 def make_plan(

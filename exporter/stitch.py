@@ -2,7 +2,8 @@
 
 The template has one layer of each kind. A node belongs to a layer when the tracer put it in the layer's scope and it
 depends on something of that layer's: its weights, its rings, or the hidden states. What a layer computes without them
-(shapes, say) is the same for all layers and stays before the first one.
+(shapes, say) is the same for all layers and stays before the first one. What is computed from a layer's rings outside
+its scope (a mask over their slots, say) belongs to the layer all the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ _KEPT_METADATA = (
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """One layer of the template: its nodes in order, and the hidden states [N, C] that enter and leave it."""
+    """One layer of the template: its nodes in order, and the hidden states that enter and leave it.
+
+    Hidden states are [N, C] or [B, T, C], as the front end has them.
+    """
 
     nodes: tuple[ir.Node, ...]
     hidden_in: ir.Value
@@ -52,6 +56,7 @@ def stitch(template: ir.Model, plan: ExportPlan) -> ir.Model:
 class _Builder:
     def __init__(self, template: ir.Model, plan: ExportPlan) -> None:
         self._template, self._plan = template, plan
+        self._hidden: set[ir.Value] = set()  # values whose data depend on the embedding
         self._owner = self._owners()
         self._graph = ir.Graph([], [], nodes=[], opset_imports=dict(template.graph.opset_imports), name="cierzo")
         self._shared: dict[ir.Value, ir.Value] = {}
@@ -90,20 +95,19 @@ class _Builder:
         for value in self._template.graph.inputs:
             kind = self._ring_kind(value)
             rank[value] = -1 if kind is None else kind
-        hidden: set[ir.Value] = set()  # values that depend on the embedding
         for node in self._template.graph:
             inputs = [v for v in node.inputs if v is not None]
             latest = max((rank.get(v, _weight_kind(v)) for v in inputs), default=-1)
-            is_hidden = any(v in hidden or v.name == "embed_tokens.weight" for v in inputs)
+            is_hidden = any(v in self._hidden or v.name == "embed_tokens.weight" for v in inputs)
             kind = _scope_kind(node)
             if kind is None:
-                owner[node] = -1 if latest < 0 else kinds
+                owner[node] = kinds if is_hidden and latest >= 0 else latest
             else:
                 owner[node] = kind if is_hidden or latest == kind else -1
             for output in node.outputs:
                 rank[output] = max(latest, owner[node])
-                if is_hidden:
-                    hidden.add(output)
+                if is_hidden and node.op_type != "Shape":
+                    self._hidden.add(output)
         return owner
 
     def _ring_kind(self, value: ir.Value) -> int | None:
@@ -117,7 +121,7 @@ class _Builder:
             v
             for node in nodes
             for v in node.inputs
-            if v is not None and v.producer() is not None and v.producer() not in own and self._is_hidden(v)
+            if v is not None and v.producer() is not None and v.producer() not in own and v in self._hidden
         }
         outgoing = {
             v
@@ -131,16 +135,6 @@ class _Builder:
                 f"{sorted(str(v.name) for v in outgoing)} out, where one hidden state each is expected."
             )
         return _Block(nodes, incoming.pop(), outgoing.pop())
-
-    def _is_hidden(self, value: ir.Value) -> bool:
-        """Float [N, C]: what runs from layer to layer, in contrast to angles, shapes and positions."""
-        shape = value.shape
-        return (
-            shape is not None
-            and len(shape) == 2
-            and shape[1] == self._plan.config.hidden_size
-            and (value.dtype == ir.DataType.FLOAT)
-        )
 
     def _layer(self, block: _Block, kind: int, layer: int, hidden: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
         """Copy a block as layer `layer`; returns the hidden states after it and its rolled rings."""

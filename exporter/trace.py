@@ -1,6 +1,7 @@
 """The template: one layer of each kind, traced on the meta device, as ONNX IR with unbound weights.
 
-Nothing here depends on the number of layers, and no weight is ever in memory.
+Nothing here depends on the number of layers, and no weight is ever in memory. `trace` is the reference front end; the
+others (`exporter.frontends`) bring a step of their own and share the way from a module to a graph.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 import torch
+from torch import nn
 from torch.export import Dim
 
 from exporter.plan import ExportPlan
@@ -20,9 +22,11 @@ from graph_passes.ops import OPSET
 from graph_passes.unbound import UnboundWeight
 from reference.rope import inverse_frequencies
 from reference.step import Step
+from reference.weights import EMBEDDING, LM_HEAD
 from runtime.errors import TraceError
 
 INPUT_IDS, START_POSITIONS, TOKEN_COUNTS, LOGITS = "input_ids", "start_positions", "token_counts", "logits"
+INVERSE_FREQUENCIES = "rotary.inverse_frequency_d"
 _EXAMPLE_B, _EXAMPLE_T, _EXAMPLE_S = 3, 5, 11
 """Any sizes of at least two: torch.export treats 0 and 1 as constants. All distinct, so that no two dims are merged."""
 
@@ -43,14 +47,23 @@ def slots_dim(kind: int) -> str:
 
 
 def trace(plan: ExportPlan) -> ir.Model:
-    """The step of the template as a raw ONNX graph of opset 24, float32.
+    """The reference's step of the template as a raw ONNX graph of opset 24, float32; see `trace_step`."""
+    with torch.device("meta"), torch.no_grad():
+        step = Step(plan.template, device="meta", dtype=torch.float32).to("meta").eval()
+    model = trace_step(step, plan)
+    unbind(model, plan, inverse_frequencies(plan.config.rope, plan.config.head_dim))
+    return model
 
+
+def trace_step(step: nn.Module, plan: ExportPlan) -> ir.Model:
+    """A step on the meta device as a raw ONNX graph of opset 24, its weights still named as in `step`.
+
+    step: takes what `reference.step.Step` takes, for one layer of each of the plan's kinds, and returns the same.
     Symbolic dims are B, T and S0, S1, … (one for each layer kind). Raises TraceError when torch.export does not keep
-    them symbolic, or drops or renames a parameter.
+    them symbolic.
     """
     config = plan.template
     with torch.device("meta"), torch.no_grad():
-        step = Step(config, device="meta", dtype=torch.float32).to("meta").eval()
         tokens = torch.zeros(_EXAMPLE_B, _EXAMPLE_T, dtype=torch.int64)
         # Two tensors: torch.export takes one object that is passed twice for one input.
         start, count = torch.zeros(_EXAMPLE_B, dtype=torch.int64), torch.zeros(_EXAMPLE_B, dtype=torch.int64)
@@ -86,8 +99,27 @@ def trace(plan: ExportPlan) -> ir.Model:
         raise TraceError("torch.onnx.export returned nothing.")
     model: ir.Model = exported.model
     _name_dims(model, plan)
-    _unbind(model, plan)
     return model
+
+
+def unbind(model: ir.Model, plan: ExportPlan, inverse_frequency_d: torch.Tensor) -> None:
+    """Parameters, which have their final names by now, become UnboundWeight; RoPE's frequencies get their values.
+
+    inverse_frequency_d: float32 [D/2].
+    """
+    tied = model.graph.initializers.get(LM_HEAD) if plan.config.tie_word_embeddings else None
+    if tied is not None:  # the tracer keeps one of the two names of shared memory
+        model.graph.initializers.pop(LM_HEAD)
+        tied.name = EMBEDDING
+        model.graph.register_initializer(tied)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if name == INVERSE_FREQUENCIES:
+            value.const_value = ir.tensor(inverse_frequency_d.numpy(), name=name)
+        else:
+            shape = ir.Shape([int(str(extent)) for extent in tensor.shape])  # parameters have fixed sizes
+            value.const_value = UnboundWeight(name, tensor.dtype, shape)
 
 
 @contextlib.contextmanager
@@ -122,27 +154,11 @@ def _name_dims(model: ir.Model, plan: ExportPlan) -> None:
     def rename(extent: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(extent, int) or extent.value is None:
             return extent if isinstance(extent, int) else None
-        return re.sub(r"\w+", lambda match: renamed.get(match.group(), match.group()), str(extent.value))
+        text = re.sub(r"\w+", lambda match: renamed.get(match.group(), match.group()), str(extent.value))
+        # The tracer orders the factors of a product by the names that they had; sorted, numbers come first.
+        return "*".join(sorted(text.split("*"))) if re.fullmatch(r"\w+(\*\w+)*", text) else text
 
     nodes = list(model.graph)
     for value in [*model.graph.inputs, *(output for node in nodes for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([rename(extent) for extent in value.shape])
-
-
-def _unbind(model: ir.Model, plan: ExportPlan) -> None:
-    """Parameters become UnboundWeight under their own names; RoPE's frequencies get their real values."""
-    tied = model.graph.initializers.get("lm_head.weight") if plan.config.tie_word_embeddings else None
-    if tied is not None:  # the tracer keeps one of the two names of shared memory
-        model.graph.initializers.pop("lm_head.weight")
-        tied.name = "embed_tokens.weight"
-        model.graph.register_initializer(tied)
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        assert tensor is not None
-        if name == "rotary.inverse_frequency_d":
-            frequencies = inverse_frequencies(plan.config.rope, plan.config.head_dim)
-            value.const_value = ir.tensor(frequencies.numpy(), name=name)
-        else:
-            shape = ir.Shape([int(str(extent)) for extent in tensor.shape])  # parameters have fixed sizes
-            value.const_value = UnboundWeight(name, tensor.dtype, shape)

@@ -1,64 +1,267 @@
-"""MoE gate: softmax over the experts, the K best, divided by their sum, becomes one node.
+"""MoE gate: the experts of a token and their weights, however they are worked out from its logits, become one node.
 
-Right because the same values feed the sum and the division, and because TopK breaks ties towards the lower expert, as
-the op does. The form that takes the K best logits first and the softmax after is the same function, since softmax
-keeps the order and the sum over all experts cancels; it has the same node.
+Softmax first or last, in one operator or in pieces, a division or a product with the reciprocal, a sort instead of a
+top-k: all are the softmax over the K best logits, since softmax keeps the order and the sum over all experts cancels.
+So the walk goes from TopK through score functions back to what could be the logits, and forward to what could be the
+weights and the expert numbers; one run on the op's examples tells which values they are, and the driver's proof holds
+the node to it. Every operator on the way treats all experts alike, and so what agrees on spread, nearly equal and
+exactly tied logits agrees on all. Ties go to the lower expert: a spelling that breaks them otherwise is another
+function, and is refused.
+
+A small number added to the sum (1e-20, to divide by) is accepted as far as it is less than rounding: the K best of E
+probabilities add up to at least K/E, so that it changes a weight by less than E/K of itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from graph_passes.driver_types import Match, Rule
-from graph_passes.graph import (
-    Refusal,
-    dims,
-    integer_attribute,
-    integers,
-    is_made_by,
-    made_by,
-    operand,
-    sole_consumer,
-    static_dim,
-)
+from graph_passes.driver_types import Adapted, Match, Operand, Rule, as_fed, source_of
+from graph_passes.fuse.walk import REARRANGEMENTS, cone, data_inputs
+from graph_passes.graph import Dim, Refusal, data_leaves, dims, integer_attribute, static_dim
 from graph_passes.ops.moe_gate import MOE_GATE
+from graph_passes.region import Region
+
+_SCORES = REARRANGEMENTS - {"Gather", "GatherElements"} | {
+    *("Softmax", "LogSoftmax", "Exp", "Log", "ReduceMax", "ReduceSum", "ReduceLogSumExp"),
+    *("Sub", "Div", "Mul", "Neg"),
+}
+"""What stands between the logits and TopK: functions that treat all experts alike."""
+
+_WEIGHTS = _SCORES | {
+    *("Gather", "GatherElements", "ScatterElements", "Equal", "Where"),
+    *("Add", "Reciprocal", "ReduceL1", "Clip"),
+}
+"""What stands between TopK and the weights: the same, what puts experts in their places, and guards of a division."""
+
+_SHAPES = {"Shape", "Size", "ConstantOfShape", "Range"}
+
+_FARTHEST = 40
+"""Values on either side of TopK within which a gate lies."""
+
+_SAME = 1e-5
+Array = npt.NDArray[Any]
+Runs = list[list[Array]]
 
 
 def match(model: ir.Model, anchor: ir.Node) -> Match:
-    """From the TopK back to the router's logits and forward to the renormalised weights."""
-    k = integers(operand(anchor, 1))
-    if k is None or len(k) != 1:
-        raise Refusal("the number of experts per token is not a constant", anchor)
-    if not integer_attribute(anchor, "largest", 1):
+    """From TopK back to the router's logits and forward to the renormalised weights."""
+    scores = anchor.inputs[0]
+    if scores is None or scores.shape is None or not integer_attribute(anchor, "largest", 1):
         raise Refusal("TopK takes the smallest probabilities", anchor)
-    best, expert = anchor.outputs
-    if is_made_by(operand(anchor, 0), "Softmax"):
-        softmax = made_by(operand(anchor, 0), "Softmax")
-        logits, weight = operand(softmax, 0), _renormalisation(best, anchor).outputs[0]
+    if integer_attribute(anchor, "axis", -1) not in (-1, len(dims(scores)) - 1):
+        raise Refusal("the TopK does not run over the last axis, the experts of [N, E] logits", anchor)
+    if not isinstance(dims(scores)[-1], int):
+        raise Refusal(f"the number of experts is {dims(scores)[-1]}, but must be a fixed size", anchor)
+    weights, experts = _made_of(anchor)
+    broken: Refusal | None = None
+    for logits in _logits(scores):
+        alone = [value for value in weights if data_leaves(value, [logits]) == [logits]]
+        try:
+            return _reading(model, anchor, logits, alone, experts)
+        except Refusal as refusal:
+            last = refusal if len(alone) == len(weights) else _needs_more(anchor, logits, weights)
+            broken = broken or last
+    raise broken or Refusal("there are no logits behind it", anchor)
+
+
+def _made_of(anchor: ir.Node) -> tuple[list[ir.Value], list[ir.Value]]:
+    """What could be (weights, expert numbers): all [N, K] that are made of what TopK found, nearest first."""
+    queue, seen = list(anchor.outputs), set(anchor.outputs)
+    weights, experts = [], []
+    barred: ir.Node | None = None
+    while queue and len(seen) < _FARTHEST:
+        value = queue.pop(0)
+        if value.shape is not None and len(value.shape) == 2 and isinstance(dims(value)[1], int):
+            (experts if value.dtype == ir.DataType.INT64 else weights).append(value)
+        for use in value.uses():
+            node = use.node
+            if node.domain != "" or node.op_type not in _WEIGHTS:
+                barred = barred or (node if node.domain == "" and value is not anchor.outputs[1] else None)
+                continue
+            new = [output for output in node.outputs if output not in seen and value in data_inputs(node)]
+            seen.update(new)
+            queue += new
+    if weights and experts:
+        return weights, experts
+    shape = dims(anchor.outputs[0])
+    if not isinstance(shape[-1], int):
+        raise Refusal("the number of experts per token is not a constant", anchor)
+    if barred is not None and len(shape) != 2:
+        raise Refusal(f"weights and experts stay {list(shape)} and are never flattened to [N, K]", barred)
+    raise Refusal(f"TopK finds {list(shape)}, but [N, K] of [N, E] logits is needed", anchor)
+
+
+def _logits(scores: ir.Value) -> Iterator[ir.Value]:
+    """What TopK's scores could be made of: values with the experts along the last axis, farthest first, flat ones first.
+
+    The farther, the more of the graph becomes part of the node.
+    """
+    near = iter(range(_FARTHEST))
+    behind = cone(scores, _SCORES, stop=lambda value: next(near, None) is None)
+    for value in sorted(reversed(behind.values), key=lambda value: len(value.shape or ()) != 2):
+        shape = dims(value) if value.shape is not None else ()
+        if len(shape) in (2, 3) and shape[-1] == dims(scores)[-1] and data_leaves(scores, [value]) == [value]:
+            yield value
+
+
+def _reading(
+    model: ir.Model, anchor: ir.Node, logits: ir.Value, weights: list[ir.Value], experts: list[ir.Value]
+) -> Match:
+    """The match whose values one run of the examples shows to be weights and experts."""
+    experts = [value for value in experts if data_leaves(value, [logits]) == [logits]]
+    rng = np.random.default_rng(0)
+    count = dims(logits)[-1]
+    assert isinstance(count, int)
+    given = [
+        arrays[0] for arrays in MOE_GATE.examples(rng, {"top_k": 1}, [(_rows(logits, dims(weights[0])[0]), count)])
+    ]
+    region = Region(model, [logits], [*weights, *experts])
+    adapted = _flattened(logits, dims(weights[0])[0])
+    got = [region.run([as_fed(adapted, array)]) for array in given]
+    numbers = [value for value in experts if _right(got, given, len(weights) + experts.index(value), value, _best)]
+    if not numbers:
+        raise _other_experts(anchor, got, given, len(weights), experts)
+    for index, value in reversed([*enumerate(weights)]):
+        expert = next((number for number in reversed(numbers) if dims(number) == dims(value)), None)
+        if expert is not None and _right(got, given, index, value, _weights):
+            return _checked(anchor, logits, value, expert)
+    raise _other_weights(logits, got, given, weights, numbers[-1])
+
+
+def _right(got: Runs, given: list[Array], index: int, value: ir.Value, function: Callable[[Array, int], Array]) -> bool:
+    """Whether output `index` of every run is what the op's function gives of the example."""
+    top_k = dims(value)[1]
+    if not isinstance(top_k, int) or not 1 <= top_k <= given[0].shape[1]:
+        return False
+    return all(_close(arrays[index], function(x, top_k)) for arrays, x in zip(got, given, strict=True))
+
+
+def _checked(anchor: ir.Node, logits: ir.Value, weight: ir.Value, expert: ir.Value) -> Match:
+    """The match, unless what TopK found is read beside the gate: then TopK would stay, and nothing be gained."""
+    inside = {node for value in (weight, expert) for node in _between(value, logits)}
+    for node in inside:
+        if node.domain != "" or node.op_type not in _WEIGHTS | _SHAPES | {"TopK"}:
+            raise Refusal(f"{node.op_type} is no part of a gate", node)
+    for output in anchor.outputs:
+        outside = [use.node for use in output.uses() if use.node not in inside and output is not expert]
+        if output not in (weight, expert) and (outside or output.is_graph_output()):
+            name = "unnormalised probabilities" if output is anchor.outputs[0] else "expert numbers of TopK"
+            raise Refusal(f"the {name} are read elsewhere too", outside[0] if outside else anchor)
+    inputs = (_flattened(logits, dims(weight)[0]),)
+    return Match("moe_gate", MOE_GATE, anchor, inputs, {"top_k": static_dim(weight, 1)}, (weight, expert))
+
+
+def _between(value: ir.Value, border: ir.Value) -> Iterator[ir.Node]:
+    stack, seen = [value], {value, border}
+    while stack:
+        node = stack.pop().producer()
+        if node is None:
+            continue
+        yield node
+        new = [v for v in node.inputs if v is not None and v not in seen]
+        seen.update(new)
+        stack += new
+
+
+def _flattened(logits: ir.Value, tokens: Dim) -> Operand:
+    """Logits [N, E], made of [B, T, E] where the graph has them so."""
+    shape = dims(logits)
+    if len(shape) == 2:
+        return logits
+    experts = shape[-1]
+    assert isinstance(experts, int)
+
+    def build(source: ir.Value) -> list[ir.Node]:
+        target = ir.node("Constant", [], {"value_ints": [-1, experts]})
+        return [target, ir.node("Reshape", [source, target.outputs[0]])]
+
+    lead = [extent if isinstance(extent, int) else 1 for extent in shape[:-1]]
+    if not isinstance(shape[1], int):
+        lead[1] = -1
+    dtype = logits.dtype or ir.DataType.FLOAT
+    return Adapted(logits, dtype, (tokens, experts), build, lambda array: array.reshape(*lead, experts), "flattened")
+
+
+def _rows(logits: ir.Value, tokens: Dim) -> Dim:
+    return dims(logits)[0] if len(dims(logits)) == 2 else tokens
+
+
+def _best(logits_NE: Array, top_k: int) -> Array:
+    """The op's experts in numpy."""
+    return np.argsort(-logits_NE.astype(np.float64), axis=-1, kind="stable")[:, :top_k]
+
+
+def _weights(logits_NE: Array, top_k: int) -> Array:
+    """The op's weights in numpy."""
+    return _softmax(np.take_along_axis(logits_NE, _best(logits_NE, top_k), -1))
+
+
+def _softmax(logits: Array) -> Array:
+    odds = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return np.asarray(odds / odds.sum(-1, keepdims=True))
+
+
+def _close(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and bool(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0) <= _SAME)
+
+
+def _needs_more(anchor: ir.Node, logits: ir.Value, weights: list[ir.Value]) -> Refusal:
+    leaves = dict.fromkeys(leaf for value in weights for leaf in data_leaves(value, [logits]) if leaf is not logits)
+    names = ", ".join(repr(leaf.name) for leaf in leaves)
+    reason = f"the experts are chosen by {logits.name!r}{_origin(logits)}, but the weights are made of more ({names})"
+    return Refusal(reason, logits.producer() or anchor)
+
+
+def _origin(value: ir.Value) -> str:
+    node = value.producer()
+    return f", which comes from {node.op_type}" if node is not None else ""
+
+
+def _other_experts(anchor: ir.Node, got: Runs, given: list[Array], first: int, experts: list[ir.Value]) -> Refusal:
+    """Why none of the expert numbers are the op's."""
+    for index, value in enumerate(experts):
+        top_k = static_dim(value, 1)
+        for arrays, x in zip(got, given, strict=True):
+            distinct = [len(np.unique(row)) == len(row) for row in x]
+            found = arrays[first + index]
+            if any(distinct) and found.shape == (len(x), top_k) and (found == _best(x, top_k))[distinct].all():
+                return Refusal("among experts with equal logits it does not take the lowest number first", anchor)
+    return Refusal("it does not choose the experts with the largest logits, best first", anchor)
+
+
+def _other_weights(
+    logits: ir.Value, got: Runs, given: list[Array], weights: list[ir.Value], expert: ir.Value
+) -> Refusal:
+    """Why none of the weights are the op's, told by those that come nearest."""
+    gaps: dict[ir.Value, tuple[float, bool]] = {}
+    top_k = static_dim(expert, 1)
+    for index, value in enumerate(weights):
+        pairs = [(arrays[index], x) for arrays, x in zip(got, given, strict=True)]
+        if dims(value) == dims(expert):
+            gap = max(float(np.abs(found - _weights(x, top_k)).max()) for found, x in pairs)
+            gaps[value] = gap, all(_close(found, _shares(x, top_k)) for found, x in pairs)
+    if not gaps:
+        return Refusal(f"no weights are made for the {top_k} experts that are chosen", expert.producer())
+    value = min(gaps, key=lambda value: gaps[value])
+    gap, shares = gaps[value]
+    if shares:
+        reason = "the weights are not renormalised: they are shares among all experts, not among the chosen"
     else:
-        softmax = sole_consumer(best, "Softmax")
-        logits, weight = operand(anchor, 0), softmax.outputs[0]
-    for node in (anchor, softmax):
-        if len(dims(logits)) != 2 or integer_attribute(node, "axis", -1) not in (1, -1):
-            raise Refusal(f"the {node.op_type} does not run over the experts of [N, E] logits", node)
-    if not 1 <= k[0] <= static_dim(logits, 1):
-        raise Refusal(f"{k[0]} of {static_dim(logits, 1)} experts", anchor)
-    return Match("moe_gate", MOE_GATE, anchor, (logits,), {"top_k": k[0]}, (weight, expert))
+        reason = f"the weights {value.name!r} are not the softmax over the best {top_k} of {logits.name!r}"
+        reason += f"{_origin(logits)} (off by {gap:.1e})"
+    return Refusal(reason, value.producer())
 
 
-def _renormalisation(best: ir.Value, anchor: ir.Node) -> ir.Node:
-    """The Div of the best probabilities by their own sum, which must be all that reads them."""
-    readers = {use.node for use in best.uses()}
-    divisions = [node for node in readers if node.op_type == "Div" and node.inputs[0] is best]
-    if len(divisions) != 1:
-        raise Refusal("the best probabilities are not renormalised by one division", anchor)
-    total = made_by(operand(divisions[0], 1), "ReduceSum")
-    axes = integers(operand(total, 1))
-    if operand(total, 0) is not best or axes not in ([1], [-1]) or not integer_attribute(total, "keepdims", 1):
-        raise Refusal("the divisor is not the sum of the best probabilities", total)
-    if readers != {divisions[0], total} or best.is_graph_output():
-        raise Refusal("the unnormalised probabilities are read elsewhere too", anchor)
-    return divisions[0]
+def _shares(logits_NE: Array, top_k: int) -> Array:
+    """The best probabilities of a softmax over all experts."""
+    best = np.take_along_axis(_softmax(logits_NE), _best(logits_NE, top_k), -1)
+    return np.asarray(best)
 
 
 RULE = Rule("moe_gate", MOE_GATE, frozenset({("", "TopK")}), match)

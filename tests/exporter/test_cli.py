@@ -20,7 +20,7 @@ from exporter.cli import CierzoGroup, Settings, cli
 from exporter.console import ProgressBars, explain
 from runtime.errors import CheckpointError, ParityError
 
-COMMANDS = ("inspect", "export", "generate", "validate", "demo")
+COMMANDS = ("inspect", "export", "generate", "validate", "bisect", "demo")
 
 
 def command_that_raises(error: BaseException) -> click.Group:
@@ -90,6 +90,8 @@ def test_help_loads_neither_torch_nor_rich_nor_a_backend() -> None:
         ["inspect", "no/such/path"],
         ["export", ".", "out", "--chunk", "0"],
         ["export", ".", "out", "--weights", "fp7"],
+        ["export", ".", "out", "--frontend", "jax"],
+        ["export", ".", "out", "--attention", "flash"],
         ["validate", ".", "--no-such-option"],
         ["generate", ".", "text", "--prompt-file", "-"],
     ],
@@ -217,8 +219,9 @@ def test_export_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("exporter.export", export)
     sizes = ["--weights", "fp32", "--chunk", "16", "--max-batch", "2", "--context", "64", "--no-prove"]
     keys = ["--ignore-config-key", "a", "--ignore-config-key", "b"]
+    source = ["--frontend", "transformers", "--attention", "eager"]
     dump = tmp_path / "dump"
-    result = run("export", tmp_path, tmp_path / "out", *sizes, *keys, "--dump-passes", dump, "--json")
+    result = run("export", tmp_path, tmp_path / "out", *sizes, *keys, *source, "--dump-passes", dump, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout) == {"bundle": str(tmp_path / "out"), "bytes": 14, "fusion": {}}
     assert seen == {
@@ -232,6 +235,8 @@ def test_export_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path
         "dump_passes": dump,
         "progress": None,
         "ignore_config_keys": ("a", "b"),
+        "frontend": "transformers",
+        "attention": "eager",
     }
 
 

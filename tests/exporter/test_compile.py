@@ -19,6 +19,7 @@ import exporter.compile
 import exporter.stitch
 from exporter import export
 from exporter.plan import ExportPlan, make_plan
+from graph_passes.pipeline import PIPELINE
 from reference.checkpoint import open_checkpoint
 from reference.weights import bind
 from runtime import load
@@ -91,7 +92,7 @@ def test_dumped_passes_show_every_step(tmp_path: Path) -> None:
     with shared_traces():
         export(checkpoint(), tmp_path / "bundle", chunk=4, prove=False, dump_passes=tmp_path / "passes")
     dumped = sorted(file for file in (tmp_path / "passes").iterdir() if file.suffix == ".onnx")
-    assert [file.name[:2] for file in dumped] == [f"{step:02d}" for step in range(8)]
+    assert [file.name[:2] for file in dumped] == [f"{step:02d}" for step in range(2 + len(PIPELINE))]
     nodes = [len(ir.load(file).graph) for file in dumped]
     assert nodes[0] > nodes[-1]
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
@@ -207,6 +208,6 @@ def test_expected_fusions_follow_from_the_architecture() -> None:
         plan = make_plan(open_checkpoint(checkpoint(**settings)).config, chunk=4)
         return exporter.compile.expected_fusions(plan, plan.config.num_layers)
 
-    dense = {"rope": 6, "rolling_kv": 6, "gqa": 3, "sliding_window": 3}
-    assert expected(num_layers=3) == dense
-    assert expected(num_layers=3, architecture="mixtral") == dense | {"moe_gate": 3, "moe": 3}
+    both = {"rope": 6, "rolling_kv": 6, "gqa": 3, "sliding_window": 3}
+    assert expected(num_layers=3) == both | {"gated_activation": 3}
+    assert expected(num_layers=3, architecture="mixtral") == both | {"moe_gate": 3, "moe": 3}

@@ -40,7 +40,7 @@ def target(tmp_path: Path) -> Path:
 def refusal(source: Path, target: Path, error: type[CierzoError], **options: Any) -> str:
     """The text of a refusal that comes before tracing and leaves the target's folder as it was."""
 
-    def trace(plan: object) -> None:
+    def trace(*plan_and_frontend: object) -> None:
         raise AssertionError("the export went on to trace")
 
     parent = target.parent

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from exporter.compile import build_graph, expected_nodes
+from exporter.frontends import transformers_frontend
 from exporter.plan import make_plan
 from graph_passes.prove import TOLERANCES
 from reference.config import ModelConfig
@@ -33,3 +35,31 @@ def test_a_published_model_fuses_at_full_size(name: str) -> None:
     for ring in rings:
         assert ring.shape is not None
         assert list(ring.shape)[1:] == [config.num_kv_heads, plan.capacity(0), config.head_dim]
+
+
+def test_a_published_mixture_fuses_as_transformers_spells_it() -> None:
+    """Its experts gather whole matrices for each token, so no region of it could be run at full size."""
+    published = json.loads((CONFIGS / "Mixtral-8x7B.json").read_text())
+    plan = make_plan(ModelConfig.from_hf(published))
+    model, report = build_graph(plan, frontend=transformers_frontend(published, "sdpa"))
+    counts = {op: sum(node.op_type == op for node in model.graph) for op in expected_nodes(plan)}
+    assert counts == expected_nodes(plan)
+    assert report.largest_error is not None
+    assert report.largest_error <= TOLERANCES["float64"]
+    experts = model.graph.initializers["layers.31.moe.down_proj"]
+    assert list(experts.shape or ()) == [8, 4096, 14336]
+
+
+def test_only_large_mixtures_have_a_twin() -> None:
+    plans = {
+        name: make_plan(ModelConfig.from_hf(json.loads((CONFIGS / f"{name}.json").read_text())))
+        for name in ("Mixtral-8x7B", "Mistral-7B-v0.1")
+    }
+    assert plans["Mistral-7B-v0.1"].twin is None
+    twin = plans["Mixtral-8x7B"].twin
+    assert twin is not None
+    assert twin.twin is None
+    full = replace(twin.config, hidden_size=4096, intermediate_size=14336)
+    assert replace(twin, config=full) == plans["Mixtral-8x7B"]
+    others = {twin.config.num_heads, twin.config.num_kv_heads, twin.config.head_dim, twin.config.vocab_size}
+    assert len({twin.config.hidden_size, twin.config.intermediate_size} - others) == 2

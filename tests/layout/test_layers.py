@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from tests.layout.imports import OURS, ROOT, product_files, violations
+from tests.layout.imports import OURS, ROOT, imports, product_files, violations
 
 
 def test_no_package_imports_what_it_may_not() -> None:
     found = [line for path in product_files() for line in violations(path, (ROOT / path).read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)
+
+
+def test_one_file_that_is_part_of_an_export_imports_the_package_of_the_second_front_end() -> None:
+    importing = {
+        path
+        for path in product_files()
+        for item in imports((ROOT / path).read_text(encoding="utf-8"), "")
+        if item.module.split(".")[0] == "transformers"
+    }
+    assert importing == {"exporter/transformers_model.py", "exporter/demo_data/train.py"}
 
 
 def test_the_check_sees_all_four_packages() -> None:
@@ -50,6 +60,7 @@ def test_the_check_finds(path: str, source: str) -> None:
         ("runtime/backends/base.py", "def f():\n    import onnxruntime"),
         ("exporter/export.py", "import runtime, reference.model, graph_passes.pipeline, click"),
         ("exporter/demo_data/train.py", "import transformers"),
+        ("exporter/transformers_model.py", "def f():\n    import transformers"),
     ],
 )
 def test_the_check_lets_pass(path: str, source: str) -> None:

@@ -30,3 +30,11 @@ def test_importing_the_runtime_loads_nothing_that_only_an_export_needs(tmp_path:
     tops = {name.split(".")[0] for name in loaded}
     assert "runtime" in tops
     assert not tops & {"torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "transformers"}
+
+
+def test_importing_the_exporter_does_not_load_the_optional_package(tmp_path: Path) -> None:
+    """transformers is an extra: only an export that asks for its models needs it."""
+    code = "import exporter.compile, exporter.transformers_model, json, sys; print(json.dumps(list(sys.modules)))"
+    loaded = json.loads(run_elsewhere(code, tmp_path))
+    assert "torch" in loaded
+    assert "transformers" not in loaded

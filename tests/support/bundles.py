@@ -1,8 +1,8 @@
 """Checkpoints and bundles that tests share, made once per process.
 
 Tracing takes seconds and depends only on the shape of the model: not on chunk, context, number of layers or weights.
-So traces are shared as well, between all bundles of one template. A test of the exporter holds a bundle made this way
-equal, byte for byte, to one made without.
+So traces are shared as well, between all bundles of one template and front end. A test of the exporter holds a bundle
+made this way equal, byte for byte, to one made without.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import onnx_ir as ir
 import torch
 
 import exporter.compile
+from exporter.frontends import REFERENCE, Frontend, trace
 from exporter.plan import ExportPlan
-from exporter.trace import trace
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.config import ModelConfig
 from runtime import Session, load
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = False  # thousands of records per trace, which pytest would collect
 
 _ROOT = tempfile.TemporaryDirectory(prefix="cierzo-bundles-")
-_traces: dict[ModelConfig, ir.Model] = {}
+_traces: dict[tuple[str, str | None, ModelConfig], ir.Model] = {}
 _made: dict[str, Path] = {}
 
 
@@ -56,15 +56,32 @@ def checkpoint(**settings: Any) -> Path:
     return _once(f"checkpoint {sorted(settings.items())}", lambda folder: make_checkpoint(folder, **settings))
 
 
-def exported(*, chunk: int = 4, context: int | None = None, max_batch: int = 4, **settings: Any) -> Exported:
+def exported(
+    *,
+    chunk: int = 4,
+    context: int | None = None,
+    max_batch: int = 4,
+    frontend: str = "reference",
+    attention: str | None = None,
+    **settings: Any,
+) -> Exported:
     """The bundle of `checkpoint(**settings)` with these options, once; every fusion in it was proved."""
     source = checkpoint(**settings)
 
     def make(folder: Path) -> None:
         with shared_traces():
-            exporter.compile.export(source, folder, chunk=chunk, context=context, max_batch=max_batch)
+            exporter.compile.export(
+                source,
+                folder,
+                chunk=chunk,
+                context=context,
+                max_batch=max_batch,
+                frontend=frontend,
+                attention=attention,
+            )
 
-    return Exported(source, _once(f"bundle {source.name} {chunk} {context} {max_batch}", make))
+    key = f"bundle {source.name} {chunk} {context} {max_batch} {frontend} {attention}"
+    return Exported(source, _once(key, make))
 
 
 @contextlib.contextmanager
@@ -74,11 +91,15 @@ def shared_traces() -> Iterator[None]:
         yield
 
 
-def trace_once(plan: ExportPlan) -> ir.Model:
-    """A copy of the trace of the plan's template."""
-    key = replace(plan.template, dtype="float32")  # how the weights are stored is no matter of the graph
+def trace_once(plan: ExportPlan, frontend: Frontend = REFERENCE) -> ir.Model:
+    """A copy of the trace of the plan's template.
+
+    Two spellings of one config.json share it, since they are one template: see test_frontend_transformers.py.
+    """
+    config = replace(plan.template, dtype="float32")  # how the weights are stored is no matter of the graph
+    key = (frontend.name, frontend.attention, config)
     if key not in _traces:
-        _traces[key] = trace(plan)
+        _traces[key] = trace(plan, frontend)
     return _traces[key].clone()
 
 
