@@ -22,13 +22,17 @@ def _body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Spread logits, nearly equal ones, exact ties (the lower expert wins), and one expert far ahead."""
-    E = static(shapes[0], 1, 8)
-    spread = 3 * rng.standard_normal((5, E), dtype=np.float32)
-    close = 1 + 1e-3 * rng.standard_normal((5, E), dtype=np.float32)
-    tied = rng.integers(0, 2, (5, E)).astype(np.float32)
-    lone = np.where(np.arange(E) == rng.integers(0, E, (5, 1)), np.float32(30), np.float32(0))
-    for logits in (spread, close, tied, lone.astype(np.float32)):
+    """Spread logits, nearly equal ones, exact ties (the lower expert wins), one expert far ahead, and each once the best.
+
+    The last, so that an expert which the graph treats in a way of its own is seen, however many there are.
+    """
+    N, E = static(shapes[0], 0, 5), static(shapes[0], 1, 8)
+    spread = 3 * rng.standard_normal((N, E), dtype=np.float32)
+    close = 1 + 1e-3 * rng.standard_normal((N, E), dtype=np.float32)
+    tied = rng.integers(0, 2, (N, E)).astype(np.float32)
+    lone = np.where(np.arange(E) == rng.integers(0, E, (N, 1)), np.float32(30), np.float32(0))
+    each = np.eye(static(shapes[0], 0, E), E, dtype=np.float32) + rng.standard_normal(E, dtype=np.float32) / 8
+    for logits in (spread, close, tied, lone.astype(np.float32), each):
         yield (logits,)
 
 

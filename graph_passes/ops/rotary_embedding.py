@@ -16,7 +16,8 @@ def _body(attributes: Attributes) -> str:
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
     """Cosine and sine are not on the unit circle, nor alike for two positions: nothing may cancel or be swapped."""
     H, D = static(shapes[0], 1, 3), static(shapes[0], 3, 8)
-    for B, T in ((1, 1), (2, 5)):
+    for rows, tokens in ((1, 1), (2, 5)):
+        B, T = static(shapes[0], 0, rows), static(shapes[0], 2, tokens)
         x = rng.standard_normal((B, H, T, D), dtype=np.float32)
         cos, sin = rng.standard_normal((2, B, T, D // 2), dtype=np.float32)
         yield x, cos, sin

@@ -57,6 +57,8 @@ def test_counts_of_the_plugin_nodes(name: str) -> None:
     expected = {"RotaryEmbedding": 2 * layers, "SlidingWindowAttention": layers, "RollingKVWrite": 2 * layers}
     if name == "mixture of experts":
         expected |= {"MoEGate": layers, "MixtureOfExperts": layers}
+    else:
+        expected |= {"GatedActivation": layers}
     assert Counter(node.op_type for node in proto.graph.node if node.domain == "cierzo") == expected
     assert {function.name for function in proto.functions} == set(expected)
     for node in proto.graph.node:
