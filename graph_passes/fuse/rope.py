@@ -231,7 +231,11 @@ def _reading(model: ir.Model, y: ir.Value, x: Operand, tables: tuple[Operand, Op
     *_, (x_BHTD, *angles) = examples
     operands, arrays = (x, *tables), (x_BHTD, *angles)
     region = Region(model, [source_of(operand) for operand in operands], [y])
-    got = region.run([as_fed(operand, array) for operand, array in zip(operands, arrays, strict=True)])[0]
+    fed = [as_fed(operand, array) for operand, array in zip(operands, arrays, strict=True)]
+    try:
+        got = region.run(fed)[0]
+    except Refusal as refusal:
+        raise Refusal("x and its tables do not lie along the same rows and tokens", None) from refusal
     if got.shape != x_BHTD.shape:
         raise Refusal(f"the result has shape {list(got.shape)} for x {list(x_BHTD.shape)}", None)
     for (cos, sin), interleaved, sign in itertools.product(((0, 1), (1, 0)), (0, 1), (1, -1)):

@@ -7,8 +7,9 @@ import pytest
 
 from graph_passes.fuse import rope
 from tests.graph_passes.texts import ROPE, fuse, refusal
-from tests.support.graphs import Arrays, assert_same_outputs, mutate, parse, statements
+from tests.support.graphs import Arrays, assert_same_outputs, mutate, op_types, parse, statements
 
+NO_ROTATION = "it is a bilinear form of x and two tables, but not the rotation by their angles"
 RNG = np.random.default_rng(0)
 
 
@@ -41,6 +42,18 @@ def test_fuses(spelling: list[tuple[str, str]]) -> None:
     assert_same_outputs(parse(text), model, feeds())
 
 
+def test_a_table_with_an_axis_of_one_is_squeezed() -> None:
+    text = mutate(
+        ROPE,
+        ("sin_head = Unsqueeze (sin, one)", "sin_head = Transpose <perm = [0, 2, 1, 3]> (sin)"),
+        ("float[B,T,3] sin", "float[B,T,1,3] sin"),
+    )
+    model, _ = fuse(text, rope.RULE)
+    assert op_types(model) == ["Constant", "Squeeze", "RotaryEmbedding"]
+    given = feeds()
+    assert_same_outputs(parse(text), model, {**given, "sin": given["sin"][:, :, None]})
+
+
 def test_halves_that_others_read_stay_for_them() -> None:
     text = mutate(
         ROPE, ("(float[B,4,T,6] y)", "(float[B,4,T,6] y, float[B,4,T,3] z)"), ("y = Concat", "z = Neg (low) y = Concat")
@@ -53,61 +66,54 @@ def test_halves_that_others_read_stay_for_them() -> None:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ([("(first, second)", "(first, second, low)"), ("[B,4,T,6] y", "[B,4,T,9] y")], "not a Concat of two halves"),
-        ([("<axis = -1>", "<axis = 2>"), ("[B,4,T,6] y", "[B,4,U,3] y")], "not a Concat of two halves"),
-        ([("first = Sub", "first = Add")], "'first' should come from Sub, but comes from Add"),
-        ([("second = Add", "second = Sub")], "'second' should come from Add, but comes from Sub"),
-        ([("Mul (sin_head, low)", "Mul (cos_head, low)")], "the second half is not high·cos + low·sin"),
-        ([("Mul (high, cos_head)", "Mul (low, cos_head)")], "the second half is not high·cos + low·sin"),
+        ([("(first, second)", "(first, second, low)"), ("[B,4,T,6] y", "[B,4,T,9] y")], "the head dim 9 is odd"),
+        ([("<axis = -1>", "<axis = 2>"), ("[B,4,T,6] y", "[B,4,U,3] y")], "the head dim 3 is odd"),
+        ([("first = Sub", "first = Add")], NO_ROTATION),
+        ([("second = Add", "second = Sub")], NO_ROTATION),
+        ([("Mul (sin_head, low)", "Mul (cos_head, low)")], NO_ROTATION),
+        ([("Mul (high, cos_head)", "Mul (low, cos_head)")], NO_ROTATION),
         (
             [("] x,", "] x, float[B,4,T,6] z,"), ("high = Slice (x", "high = Slice (z")],
-            "the halves are not those of one value with an even head dim",
+            "'low_cos' is joined or added to it, but is not made of the same x",
         ),
         (
             [("float[B,4,T,6] x", "float[B,4,T,7] x"), ("[9223372036854775807]", "[6]")],
-            "the halves are not those of one value with an even head dim",
+            "no value of the result's shape is turned into it",
         ),
         (
             [("float[B,4,T,6] x", "float[B,4,T,D] x"), ("[9223372036854775807]", "[6]")],
-            "the halves are not those of one value with an even head dim",
+            "no value of the result's shape is turned into it",
         ),
         (
             [
                 ("(x, zero, half", "(x, half, end"),
                 ("(x, half, end, axis, one)\n    cos", "(x, zero, half, axis, one)\n    cos"),
             ],
-            "the halves are [3:",
+            NO_ROTATION,
         ),
         (
             [("float[B,4,T,6] x", "float[B,4,T,8] x"), ("[9223372036854775807]", "[6]")],
-            "the halves are [0:3] and [3:6] of 8",
+            "no value of the result's shape is turned into it",
         ),
         (
             [("] x,", "] x, float[B,4,T,3] z,"), ("low = Slice (x, zero, half, axis, one)", "low = Neg (z)")],
-            "neither factor is a slice of x",
+            "'low_cos' is joined or added to it, but is not made of the same x",
         ),
-        ([("zero, half, axis, one", "zero, half, axis, axis")], "not a slice with constant bounds over the last axis"),
+        ([("zero, half, axis, one", "zero, half, axis, axis")], NO_ROTATION),
         (
             [("] x,", "] x, int64[1] mid,"), ("(x, zero, half", "(x, zero, mid")],
-            "not a slice with constant bounds over the last axis",
+            "the region also needs the data of 'mid'",
         ),
         (
             [("sin_head = Unsqueeze (sin, one)", "sin_head = Unsqueeze (sin, zero)")],
-            "cosine and sine are not [B, T, 3] broadcast over the heads",
+            "x and its tables do not lie along the same rows and tokens",
         ),
         (
             [("float[B,T,3] cos", "float[B,T,1] cos")],
-            "cosine and sine are not [B, T, 3] broadcast over the heads",
+            "the angles 'cos' are [B, T, 1] where [B, T, 3] is needed",
         ),
         ([("float[B,T,3] cos", "float[1,T,3] cos")], "B is 1 in 'cos' (cos_BTd) and B elsewhere"),
         ([("float[B,T,3] sin", "float[B,1,3] sin")], "T is 1 in 'sin' (sin_BTd) and T elsewhere"),
-        (
-            [
-                ("sin_head = Unsqueeze (sin, one)", "sin_head = Transpose <perm = [0, 2, 1, 3]> (sin)"),
-                ("float[B,T,3] sin", "float[B,T,1,3] sin"),
-            ],
-            "'sin_head' should come from Unsqueeze",
-        ),
     ],
 )
 def test_refuses(fault: list[tuple[str, str]], reason: str) -> None:
