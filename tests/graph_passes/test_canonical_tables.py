@@ -1,4 +1,4 @@
-"""Canonical form of angle tables and of target shapes: exact rewrites, and the look-alikes that must stay as they are."""
+"""Canonical form of angle tables and target shapes: exact rewrites, and look-alikes that must stay as they are."""
 
 from __future__ import annotations
 
