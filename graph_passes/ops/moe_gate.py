@@ -22,9 +22,12 @@ def _body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Spread logits, nearly equal ones, exact ties (the lower expert wins), one expert far ahead, and each once the best.
+    """Spread logits, nearly equal ones, exact ties (the lower expert wins), one expert far ahead, each once the best,
+    all zero, and far below or above zero.
 
-    The last, so that an expert which the graph treats in a way of its own is seen, however many there are.
+    Each once the best, so that an expert which the graph treats in a way of its own is seen, however many there are.
+    Zero, since masks mark with it what was not chosen. Far off, since softmax does not see it and a small number
+    added to a sum of exponentials, or a maximum over all tokens, does.
     """
     N, E = static(shapes[0], 0, 5), static(shapes[0], 1, 8)
     spread = 3 * rng.standard_normal((N, E), dtype=np.float32)
@@ -32,7 +35,8 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
     tied = rng.integers(0, 2, (N, E)).astype(np.float32)
     lone = np.where(np.arange(E) == rng.integers(0, E, (N, 1)), np.float32(30), np.float32(0))
     each = np.eye(static(shapes[0], 0, E), E, dtype=np.float32) + rng.standard_normal(E, dtype=np.float32) / 8
-    for logits in (spread, close, tied, lone.astype(np.float32), each):
+    far = spread + np.where(np.arange(N)[:, None] % 2 == 0, np.float32(-60), np.float32(60))
+    for logits in (spread, close, tied, lone.astype(np.float32), each, np.zeros((N, E), np.float32), far):
         yield (logits,)
 
 

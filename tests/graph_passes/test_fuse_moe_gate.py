@@ -1,4 +1,4 @@
-"""MoE gate: both spellings become one MoEGate node; why others do not."""
+"""MoE gate: spellings become one MoEGate node; why others do not. Those that PyTorch makes are in the gallery."""
 
 from __future__ import annotations
 
@@ -59,6 +59,71 @@ def test_a_reader_between_top_k_and_division_comes_after_the_new_node() -> None:
 
 
 @pytest.mark.parametrize(
+    "spelling",
+    [
+        [("Softmax <axis = -1> (logits)", "Exp (logits)")],
+        [("total = ReduceSum <keepdims = 1> (best, axis)", "total = ReduceL1 <keepdims = 1> (best, axis)")],
+        [
+            ("(logits)\n", "(logits) shares = LogSoftmax <axis = -1> (logits)\n"),
+            ("(probability, k)", "(shares, k)"),
+            ("total =", "odds = Exp (best) total ="),
+            ("(best, axis)", "(odds, axis)"),
+            ("(best, total)", "(odds, total)"),
+        ],
+        [
+            ("weight = Div", "share = Div"),
+            (
+                "(best, total)",
+                "(best, total) whole = ReduceSum <keepdims = 1> (share, axis) weight = Div (share, whole)",
+            ),
+        ],
+        [("weight = Div (best, total)", "part = Reciprocal (total) weight = Mul (part, best)")],
+    ],
+    ids=["exp alone", "sum of magnitudes", "logarithms", "divided twice", "reciprocal"],
+)
+def test_fuses_another_arithmetic(spelling: list[tuple[str, str]]) -> None:
+    text = mutate(GATE, *spelling)
+    model, (record,) = fuse(text, moe_gate.RULE)
+    assert statements(model) == FUSED
+    assert record.error is not None
+    assert record.error < 1e-6
+    assert_same_outputs(parse(text), model, feeds())
+
+
+NOT_RENORMALISED = "the weights are not renormalised: they are shares among all experts, not among the chosen"
+READ = "the unnormalised probabilities are read elsewhere too"
+CUT = """g (float[N,4] logits) => (float[N,2] weight, int64[N,2] expert) {
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    two = Constant <value_ints = [2]> ()
+    three = Constant <value_ints = [3]> ()
+    best, order = TopK <axis = -1> (logits, three)
+    first = Slice (best, zero, two, one, one)
+    expert = Slice (order, zero, two, one, one)
+    weight = Softmax <axis = -1> (first)
+}"""
+"""The first two of the best three."""
+
+GATHERED = """g (float[N,4] logits) => (float[N,2] weight, int64[N,2] expert) {
+    k = Constant <value_ints = [2]> ()
+    axis = Constant <value_ints = [-1]> ()
+    probability = Softmax <axis = -1> (logits)
+    _, expert = TopK <axis = -1> (logits, k)
+    best = GatherElements <axis = 1> (probability, expert)
+    total = ReduceSum <keepdims = 1> (best, axis)
+    weight = Div (best, total)
+}"""
+"""Chosen by the logits, weighed by the probabilities."""
+
+
+@pytest.mark.parametrize("text", [CUT, GATHERED], ids=["first of the best", "gathered"])
+def test_fuses_what_the_negatives_below_begin_with(text: str) -> None:
+    model, _ = fuse(text, moe_gate.RULE)
+    assert statements(model) == FUSED
+    assert_same_outputs(parse(text), model, feeds())
+
+
+@pytest.mark.parametrize(
     ("text", "fault", "reason"),
     [
         (
@@ -66,68 +131,98 @@ def test_a_reader_between_top_k_and_division_comes_after_the_new_node() -> None:
             [("float[N,4] logits", "float[N,4] logits, int64[1] given"), ("(probability, k)", "(probability, given)")],
             "the number of experts per token is not a constant",
         ),
-        (GATE, [("TopK <axis = -1>", "TopK <axis = -1, largest = 0>")], "TopK takes the smallest probabilities"),
+        (GATE, [("TopK <axis = -1>", "TopK <axis = -1, largest = 0>")], "TopK takes the smallest scores"),
         (
             GATE,
             [("Softmax <axis = -1>", "Softmax <axis = 0>")],
-            "the Softmax does not run over the experts of [N, E] logits",
+            "it does not choose the experts with the largest logits, best first",
         ),
         (
             GATE.replace("[N,2]", "[2,4]").replace("float[N,4]", "float[3,4]"),
             [("TopK <axis = -1>", "TopK <axis = 0>")],
-            "the TopK does not run over the experts of [N, E] logits",
+            "the TopK does not run over the last axis, the experts of [N, E] logits",
         ),
         (
             GATE_TOP_K_FIRST.replace("[N,2]", "[B,N,2]").replace("float[N,4]", "float[B,N,4]"),
             [],
-            "the TopK does not run over the experts of [N, E] logits",
+            "weights and experts are [B, N, 2] and are never made [N, K]",
         ),
         (
             GATE.replace("[N,2]", "[N,0]"),
             [("k = Constant <value_ints = [2]>", "k = Constant <value_ints = [0]>")],
-            "0 of 4 experts",
-        ),
-        (GATE, [("float[N,4] logits", "float[N,E] logits")], "axis 1 of 'logits' is E, but must be a fixed size"),
-        (GATE, [("Div (best, total)", "Sqrt (best)")], "the best probabilities are not renormalised by one division"),
-        (
-            GATE,
-            [("Div (best, total)", "Div (total, best)")],
-            "the best probabilities are not renormalised by one division",
+            "it chooses 0 of 4 experts",
         ),
         (
             GATE,
-            [("total = ReduceSum", "total = ReduceMax")],
-            "'total' should come from ReduceSum, but comes from ReduceMax",
+            [("float[N,4] logits", "float[N,E] logits")],
+            "the number of experts is E, but must be a fixed size",
         ),
-        (GATE, [("> (best, axis)", "> (probability, axis)")], "the divisor is not the sum of the best probabilities"),
-        (GATE, [("value_ints = [-1]", "value_ints = [0]")], "the divisor is not the sum of the best probabilities"),
+        (
+            GATE_TOP_K_FIRST.replace("float[", "float16["),
+            [],
+            "there are no float32 logits [N, E] behind it",
+        ),
+        (GATE, [("Div (best, total)", "Sqrt (best)")], "Sqrt changes the weights after TopK, and is no part of a gate"),
+        (GATE, [("Div (best, total)", "Div (total, best)")], NOT_RENORMALISED),
+        (GATE, [("total = ReduceSum", "total = ReduceMax")], NOT_RENORMALISED),
+        (GATE, [("> (best, axis)", "> (probability, axis)")], NOT_RENORMALISED),
+        (GATE, [("value_ints = [-1]", "value_ints = [0]")], NOT_RENORMALISED),
         (
             GATE,
             [("weight =", "raw = Neg (best) weight ="), ("float[N,2] weight", "float[N,2] raw, float[N,2] weight")],
-            "the unnormalised probabilities are read elsewhere too",
+            READ,
         ),
-        (
-            GATE,
-            [("float[N,2] weight", "float[N,2] best, float[N,2] weight")],
-            "the unnormalised probabilities are read elsewhere too",
-        ),
+        (GATE, [("float[N,2] weight", "float[N,2] best, float[N,2] weight")], READ),
         (
             GATE_TOP_K_FIRST,
             [
                 ("weight = Softmax", "raw = Neg (best) weight = Softmax"),
                 ("float[N,2] weight", "float[N,2] raw, float[N,2] weight"),
             ],
-            "'best' has 2 readers, but must have one",
+            READ,
+        ),
+        (
+            CUT,
+            [("int64[N,2] expert", "int64[N,2] expert, int64[N,3] order")],
+            "the expert numbers of TopK are read elsewhere too",
+        ),
+        (
+            CUT,
+            [
+                ("Slice (best, zero, two, one, one)", "Exp (best)"),
+                ("Softmax <axis = -1>", "Exp"),
+                ("[N,2] w", "[N,3] w"),
+            ],
+            "no weights are made for the 2 experts that are chosen",
         ),
         (
             GATE_TOP_K_FIRST,
             [("weight = Softmax <axis = -1>", "weight = Sigmoid")],
-            "'best' should go into Softmax, but goes into Sigmoid",
+            "Sigmoid changes the weights after TopK, and is no part of a gate",
         ),
         (
             GATE_TOP_K_FIRST,
             [("weight = Softmax <axis = -1>", "weight = Softmax <axis = 0>")],
-            "the Softmax does not run over the experts",
+            "the weights 'weight' are not the softmax over the best 2 of 'logits' (off by",
+        ),
+        (
+            GATE_TOP_K_FIRST,
+            [
+                ("= TopK <axis = -1> (logits, k)", "= TopK <axis = -1> (shifted, k)"),
+                (
+                    "best, expert",
+                    "slope = Constant <value_floats = [0.0, 1.0, 2.0, 3.0]> () "
+                    "shifted = Add (logits, slope) best, expert",
+                ),
+                ("Softmax <axis = -1> (best)", "Softmax <axis = -1> (raw)"),
+                ("weight =", "raw = GatherElements <axis = 1> (logits, expert) weight ="),
+            ],
+            "the experts are chosen by 'shifted', which comes from Add, but the weights are made of more ('logits')",
+        ),
+        (
+            GATHERED,
+            [("(probability, expert)", "(positive, expert)"), ("_, expert", "positive = Abs (probability) _, expert")],
+            "Abs is no part of a gate",
         ),
     ],
 )

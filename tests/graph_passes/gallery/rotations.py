@@ -99,9 +99,9 @@ def chunked(x: Tensor, position: Tensor) -> Tensor:
     return torch.cat((low * cos + high * -sin, low * sin + high * cos), -1)
 
 
-@spelling("halves by split, minus the negated half")
+@spelling("halves by tensor_split, minus the negated half")
 def negated(x: Tensor, position: Tensor) -> Tensor:
-    low, high = x.split(3, -1)
+    low, high = torch.tensor_split(x, 2, -1)
     angle = angles(position)
     wide = torch.cat((angle, angle), -1)[:, None]
     return x * wide.cos() - torch.cat((high, -low), -1) * wide.sin()

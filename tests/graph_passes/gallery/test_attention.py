@@ -6,6 +6,8 @@ mask, as the traced step does. What is not that attention is refused, in words; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -86,7 +88,8 @@ def traced() -> dict[str, ir.Model]:
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_fuses(name: str, traced: dict[str, ir.Model]) -> None:
+def test_fuses(name: str, traced: dict[str, ir.Model], record_property: Callable[[str, object], None]) -> None:
+    record_property("spelling", ("attention", "fused"))
     program, scale, window = SPELLINGS[name]
     model = traced[name]
     for rule in (gqa.RULE, sliding_window.RULE):
@@ -99,7 +102,10 @@ def test_fuses(name: str, traced: dict[str, ir.Model]) -> None:
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_what_is_no_part_of_attention_stays_outside(name: str, traced: dict[str, ir.Model]) -> None:
+def test_what_is_no_part_of_attention_stays_outside(
+    name: str, traced: dict[str, ir.Model], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("spelling", ("attention", "fused"))
     model = traced[name]
     for rule in (gqa.RULE, sliding_window.RULE):
         assert len(apply(model, rule)[0]) == 1
@@ -135,8 +141,9 @@ class Projected(nn.Module):
         return joined
 
 
-def test_finds_the_heads_behind_projections() -> None:
+def test_finds_the_heads_behind_projections(record_property: Callable[[str, object], None]) -> None:
     """Query and keys have T tokens both here: which factor is which follows from the values alone."""
+    record_property("spelling", ("attention", "fused"))
     torch.manual_seed(0)
     module = Projected()
     model = trace(module, {"x": ("B", "T", 10), "start": ("B",), "count": ("B",)}, ["y"], ("start", "count"))

@@ -69,7 +69,10 @@ LAYOUTS: list[tuple[Callable[..., Tensor], dict[str, Shape]]] = [
 
 
 @pytest.mark.parametrize(("program", "layout"), LAYOUTS, ids=lambda value: getattr(value, "__name__", ""))
-def test_fuses(program: Callable[..., Tensor], layout: dict[str, Shape]) -> None:
+def test_fuses(
+    program: Callable[..., Tensor], layout: dict[str, Shape], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("spelling", ("attention", "fused"))
     shapes = {**HEADS_FIRST, **layout}
     model = trace(program, shapes, ["attended"])
     fused, refused = apply(model, gqa.RULE)

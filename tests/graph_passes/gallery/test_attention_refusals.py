@@ -263,7 +263,10 @@ def traced() -> dict[str, ir.Model]:
 
 
 @pytest.mark.parametrize("name", NO_ATTENTION)
-def test_is_no_grouped_query_attention(name: str, traced: dict[str, ir.Model]) -> None:
+def test_is_no_grouped_query_attention(
+    name: str, traced: dict[str, ir.Model], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("spelling", ("attention", "refused"))
     model = traced[name]
     before = serialised(model)
     fused, records = apply(model, gqa.RULE)
@@ -274,7 +277,10 @@ def test_is_no_grouped_query_attention(name: str, traced: dict[str, ir.Model]) -
 
 
 @pytest.mark.parametrize("name", NO_WINDOW)
-def test_is_no_sliding_window(name: str, traced: dict[str, ir.Model]) -> None:
+def test_is_no_sliding_window(
+    name: str, traced: dict[str, ir.Model], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("spelling", ("attention", "refused"))
     model = traced[name]
     assert len(apply(model, gqa.RULE)[0]) == 1
     fused, records = apply(model, sliding_window.RULE)

@@ -241,7 +241,8 @@ def assert_same(model: ir.Model, program: Program, arrays: dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_fuses(name: str) -> None:
+def test_fuses(name: str, record_property: Callable[[str, object], None]) -> None:
+    record_property("spelling", ("MoE experts", "fused"))
     (program, activation), turned = SPELLINGS[name], TURNED.get(name, ())
     model = traced_once(name).clone()
     fused, refusals = apply(model, moe.RULE)
@@ -297,7 +298,8 @@ class Block(nn.Module):
         return out
 
 
-def test_fuses_the_block_of_transformers() -> None:
+def test_fuses_the_block_of_transformers(record_property: Callable[[str, object], None]) -> None:
+    record_property("spelling", ("MoE experts", "fused"))
     block = Block()
     model = trace(block, {"x": ("B", "T", C), "router": (E, C), **STACKS}, ["y"])
     for rule in (moe_gate.RULE, moe.RULE):

@@ -133,7 +133,8 @@ def ungated(x: Tensor, w: Tensor, e: Tensor, g: Tensor, u: Tensor, d: Tensor) ->
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses(name: str) -> None:
+def test_refuses(name: str, record_property: Callable[[str, object], None]) -> None:
+    record_property("spelling", ("MoE experts", "refused"))
     program, reason = REFUSED[name]
     model = routed_graph(program, STACKS)
     before = serialised(model)
@@ -160,14 +161,17 @@ def loop_of_single(x: Tensor, w: Tensor, e: Tensor, *single: Tensor) -> Tensor:
     return out
 
 
-def test_matrices_of_single_experts_must_be_stacked() -> None:
+def test_matrices_of_single_experts_must_be_stacked(record_property: Callable[[str, object], None]) -> None:
+    record_property("spelling", ("MoE experts", "refused"))
     reason = reasons(loop_of_single, SINGLE)
     assert re.search(
         r"each expert has matrices of its own \('\w+_\d' and 11 more\).*keep the experts' matrices in", reason
     )
 
 
-def test_gate_and_up_in_one_weight_must_be_split() -> None:
+def test_gate_and_up_in_one_weight_must_be_split(record_property: Callable[[str, object], None]) -> None:
+    record_property("spelling", ("MoE experts", "refused"))
+
     def whole(x: Tensor, w: Tensor, e: Tensor, joined: Tensor, d: Tensor) -> Tensor:
         weights = {"gate_up_proj": joined, "down_proj": d}
         out: Tensor = torch.func.functional_call(MixtralExperts(mixtral()), weights, (x, e, w))
@@ -180,7 +184,9 @@ def test_gate_and_up_in_one_weight_must_be_split() -> None:
 
 
 @pytest.mark.parametrize("place", ["gate", "down"])
-def test_experts_with_biases_are_refused(place: str) -> None:
+def test_experts_with_biases_are_refused(place: str, record_property: Callable[[str, object], None]) -> None:
+    record_property("spelling", ("MoE experts", "refused"))
+
     def biased(x: Tensor, w: Tensor, e: Tensor, g: Tensor, u: Tensor, d: Tensor, bias: Tensor) -> Tensor:
         gate = torch.einsum("nc,nkic->nki", x, g[e]) + (bias[e] if place == "gate" else 0)
         out = torch.einsum("nki,nkci->nkc", F.silu(gate) * torch.einsum("nc,nkic->nki", x, u[e]), d[e])

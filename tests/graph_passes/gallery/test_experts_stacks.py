@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +20,10 @@ def stacked_single(x: Tensor, w: Tensor, e: Tensor, *single: Tensor) -> Tensor:
     return gathered(x, w, e, gate, up, down)
 
 
-def test_matrices_that_the_program_stacks_are_read_as_it_stacks_them() -> None:
+def test_matrices_that_the_program_stacks_are_read_as_it_stacks_them(
+    record_property: Callable[[str, object], None],
+) -> None:
+    record_property("spelling", ("MoE experts", "fused"))
     model = routed_graph(stacked_single, SINGLE)
     assert len(apply(model, moe.RULE)[0]) == 1
     assert set(op_types(model)) == {"MoEGate", "Unsqueeze", "Concat", "MixtureOfExperts"}
@@ -29,8 +34,9 @@ def test_matrices_that_the_program_stacks_are_read_as_it_stacks_them() -> None:
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_of_square_matrices_are_told_apart_by_trial() -> None:
+def test_experts_of_square_matrices_are_told_apart_by_trial(record_property: Callable[[str, object], None]) -> None:
     """With I = C the shapes say nothing of up and down, nor of their layout."""
+    record_property("spelling", ("MoE experts", "fused"))
     square = {name: (E, C, C) for name in STACKS}
     model = routed_graph(lambda x, w, e, g, u, d: gathered(x, w, e, g, u.mT, d.mT), square)
     assert len(apply(model, moe.RULE)[0]) == 1
