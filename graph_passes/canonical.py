@@ -139,7 +139,7 @@ def share_shape_sources(model: ir.Model) -> None:
     """Ask the first graph input that has a symbolic dim for its extent, whichever value the tracer happened to ask."""
     source: dict[str, tuple[ir.Value, int]] = {}
     for value in model.graph.inputs:
-        for axis, dim in enumerate(dims(value)):
+        for axis, dim in enumerate(dims(value) if value.shape is not None else ()):
             if isinstance(dim, str):
                 source.setdefault(dim, (value, axis))
     for node in model.graph:
@@ -148,7 +148,7 @@ def share_shape_sources(model: ir.Model) -> None:
         shape = dims(node.inputs[0])
         start, end = (node.attributes.get(name) for name in ("start", "end"))
         first = start.as_int() if start is not None else 0
-        if end is None or end.as_int() - first != 1 or first < 0 or str(shape[first]) not in source:
+        if end is None or end.as_int() - first != 1 or not 0 <= first < len(shape) or str(shape[first]) not in source:
             continue
         value, axis = source[str(shape[first])]
         node.replace_input_with(0, value)
@@ -176,5 +176,5 @@ def normalise_axes(model: ir.Model) -> None:
         attribute = node.attributes.get("axis")
         axis = attribute.as_int() if attribute is not None else default
         rank = len(node.inputs[0].shape) if node.inputs[0].shape is not None else None
-        if axis is not None and rank is not None:
+        if axis is not None and rank:
             node.attributes["axis"] = ir.AttrInt64("axis", axis % rank)

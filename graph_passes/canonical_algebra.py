@@ -94,7 +94,8 @@ def _only_moves(node: ir.Node) -> bool:
 def _move(model: ir.Model, node: ir.Node, chain: Sequence[ir.Node]) -> ir.Value:
     """Put `node` before its chain; returns the value that takes the place of its output."""
     base, index = chain[-1].inputs[0], _subject(node)
-    assert base is not None and index is not None
+    assert base is not None
+    assert index is not None
     dtype = node.outputs[0].dtype
     inputs = [base if place == index else value for place, value in enumerate(node.inputs)]
     made = [_like(node, inputs, dtype, base.shape)]
@@ -143,7 +144,8 @@ def _split_table(model: ir.Model, node: ir.Node, halves: dict[ir.Value, tuple[ir
     if half is None:
         return False
     shape = node.outputs[0].shape
-    narrow = ir.Shape([*shape[:-1], dims(half[0])[-1]]) if shape is not None else None
+    assert shape is not None  # _table_place saw to it
+    narrow = ir.Shape([*shape[:-1], dims(half[0])[-1]])
     inputs = [half[0] if index == place else value for index, value in enumerate(node.inputs)]
     first = _like(node, inputs, node.outputs[0].dtype, narrow)
     made = [first, *half[1](first.outputs[0], node)]
@@ -153,6 +155,8 @@ def _split_table(model: ir.Model, node: ir.Node, halves: dict[ir.Value, tuple[ir
 
 def _table_place(node: ir.Node) -> int | None:
     """The input of `node` that is a constant whose last axis is that of the output; None when there is none."""
+    if node.outputs[0].shape is None or any(value is None or not _extents(value) for value in node.inputs[:2]):
+        return None  # the repeat of what was read has to name its axes
     if node.op_type in ("Gather", "GatherND") and node.inputs[0] is not None and node.inputs[1] is not None:
         if len(_extents(node.inputs[0])) != 2:
             return None

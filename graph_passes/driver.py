@@ -59,8 +59,8 @@ def apply_in_step(
         small_record, record = rewrite(twin.small, match, proof), rewrite(model, large, proof)
         if small_record != record:
             raise ProofError(
-                f"{match.place}: the small twin that proved this rewrite replaced {small_record.replaced} and the model "
-                f"{record.replaced}. Nothing was written."
+                f"{match.place}: the small twin that proved this rewrite replaced {small_record.replaced} and the "
+                f"model {record.replaced}. Nothing was written."
             )
         fused.append(record)
     for each in (twin.small, model):
@@ -139,7 +139,7 @@ def _place(model: ir.Model, match: Match) -> ir.Node:
 
 
 def _remove_unread(model: ir.Model, seeds: Iterable[ir.Node]) -> list[ir.Node]:
-    """Remove `seeds` and what is behind them as far as nobody reads it; the work is that of the region, not the graph."""
+    """Remove `seeds` and what is behind them as far as nobody reads it; the work is the region's, not the graph's."""
     gone: list[ir.Node] = []
     stack = list(seeds)
     while stack:

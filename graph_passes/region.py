@@ -18,8 +18,13 @@ from graph_passes.ops.base import DOMAIN
 from graph_passes.precision import widen
 from graph_passes.unbound import is_unbound
 
-_RUN_ERRORS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
-"""What ONNX Runtime raises for a graph or an input that it cannot run; they have no base class of their own."""
+_RUN_ERRORS = (
+    *(state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException),
+    ir.serde.SerdeError,
+)
+"""What ONNX Runtime raises for a graph or an input that it cannot run, without a base class of their own, and what
+onnx_ir raises for a graph that cannot be written, such as one with a value of unknown type.
+"""
 
 IR_VERSION = 11
 """The ONNX IR version of opset 24; older runtimes refuse a newer one."""
@@ -53,6 +58,10 @@ class Region:
             graph = ir.convenience.extract(model.graph, [*self.inputs, *self._shape_only], list(outputs))
         except ValueError as error:
             raise Refusal(f"the region has no clear border: {error}", None) from error
+        except RuntimeError as error:  # its message would hold the whole graph
+            raise Refusal(
+                "the region holds a node (such as If) whose own graph reads values from outside", None
+            ) from error
         for value in graph.inputs:
             value.const_value = None  # a weight that became an input is fed like any other
         for name in [name for name, value in graph.initializers.items() if value in graph.inputs]:
@@ -136,6 +145,8 @@ def _bind_dims(value: ir.Value, shape: tuple[int, ...], extents: dict[str, int])
 
     In a product such as T*B the first unknown factor takes all that the known ones leave: any split is as good.
     """
+    if len(dims(value)) != len(shape):
+        raise Refusal(f"{value.name!r} has {len(dims(value))} axes and is given {len(shape)}", value.producer())
     for dim, extent in zip(dims(value), shape, strict=True):
         if not isinstance(dim, str) or not re.fullmatch(r"\w+(\*\w+)*", dim):
             continue

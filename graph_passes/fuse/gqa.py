@@ -79,6 +79,8 @@ def _of_attention(model: ir.Model, anchor: ir.Node) -> _Pieces:
         raise Refusal(
             "the Attention is causal by the order of its keys, which a ring does not keep: give it a mask", anchor
         )
+    if ir.DataType(integer_attribute(anchor, "softmax_precision", ir.DataType.FLOAT.value)).bitwidth < 32:
+        raise Refusal("the softmax is rounded to a narrower type, which the op does not compute", anchor)
     query, key, value = (operand(anchor, index) for index in range(3))
     if len(dims(query)) != 4:
         raise Refusal("the Attention's inputs have their heads side by side instead of on an axis", anchor)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graph_passes.driver_types import Adapted, Operand
-from graph_passes.fuse.walk import REARRANGEMENTS, back, cone
+from graph_passes.fuse.walk import REARRANGEMENTS, back, cone, uniform
 from graph_passes.graph import Dim, Refusal, constant, dims, is_made_by, operand
 from graph_passes.region import Region
 
@@ -95,7 +95,7 @@ class Mask:
                 return
             if node.op_type == "Not":
                 visible_when = not visible_when
-            elif node.op_type not in _REPEATS - {"Cast"}:
+            elif node.op_type not in _REPEATS - {"Cast"} or not uniform(node):
                 return
             value = operand(node, 0)
 
@@ -165,6 +165,8 @@ def added(model: ir.Model, value: ir.Value, factor: float, node: ir.Node) -> Mas
     for truths in itertools.product((True, False), repeat=len(bools)):
         (got,) = region.run([np.full(_extents(b), truth) for b, truth in zip(bools, truths, strict=True)])
         seen[truths] = _is_visible(got, factor, node)
+    if len(bools) > 1:
+        _check_mixtures(region, bools, factor, node)
     if len(set(seen.values())) < 2:
         raise Refusal("the added mask hides everything or nothing", node)
     if len(bools) == 1:
@@ -198,6 +200,15 @@ def _is_visible(added_values: npt.NDArray[Any], factor: float, node: ir.Node) ->
     return False
 
 
+def _check_mixtures(region: Region, bools: Sequence[ir.Value], factor: float, node: ir.Node) -> None:
+    """Refuses a mask of several bools that is neither zero nor very low somewhere when they differ along their axes."""
+    rng = np.random.default_rng(0)
+    for share in (0.2, 0.5, 0.5, 0.8):
+        (got,) = region.run([rng.random(_extents(b, 5)) < share for b in bools])
+        if (hidden := got[got != 0]).size:
+            _check_low(float((math.copysign(1.0, factor) * hidden).max()), abs(factor), node)
+
+
 def _check_low(low: float, factor: float, node: ir.Node) -> None:
     if not (low <= LOWEST_SCORE and low * factor <= _STILL_LOW):
         raise Refusal(
@@ -223,6 +234,6 @@ def _unknown(end: ir.Value, node: ir.Node) -> Refusal:
     )
 
 
-def _extents(value: ir.Value) -> list[int]:
-    """Sizes to run a mask with: what is fixed stays, every open extent is 2."""
-    return [extent if isinstance(extent, int) else 2 for extent in dims(value)]
+def _extents(value: ir.Value, size: int = 2) -> list[int]:
+    """Sizes to run a mask with: what is fixed stays, every open extent is `size`."""
+    return [extent if isinstance(extent, int) else size for extent in dims(value)]

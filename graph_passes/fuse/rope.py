@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from graph_passes.driver_types import Adapted, Match, Operand, Rule, as_fed, shape_of, source_of
 from graph_passes.fuse.layouts import heads_first
-from graph_passes.fuse.walk import REARRANGEMENTS, cone, data_inputs
+from graph_passes.fuse.walk import REARRANGEMENTS, cone, data_inputs, uniform
 from graph_passes.graph import Refusal, constant, dims, integer_attribute, is_made_by, scalar
 from graph_passes.ops.rotary_embedding import ROTARY_EMBEDDING
 from graph_passes.region import Region
@@ -76,7 +76,16 @@ def _neck(anchor: ir.Node) -> tuple[Operand, Products]:
                 return _unturned(x, dims(y)), form.products
         except Refusal as refusal:
             broken = refusal  # of the farthest candidate: the nearer ones are but pieces of the rotation
-    raise broken or _no_neck(anchor, behind.ends)
+    raise _cut(behind.ends) or broken or _no_neck(anchor, behind.ends)
+
+
+def _cut(ends: tuple[ir.Value, ...]) -> Refusal | None:
+    """The refusal of a walk that a rearrangement ended, since its bounds are not the same at every size."""
+    for end in ends:
+        node = end.producer()
+        if node is not None and is_made_by(end, *REARRANGEMENTS) and not uniform(node):
+            return Refusal(f"what {node.op_type} takes for {end.name!r} depends on sizes or bounds left open", node)
+    return None
 
 
 def _looked_up(value: ir.Value) -> bool:
@@ -94,7 +103,7 @@ def _no_neck(anchor: ir.Node, ends: tuple[ir.Value, ...]) -> Refusal:
 
 
 def _as_result(value: ir.Value, shape: tuple[int | str, ...]) -> Operand | None:
-    """`value` as an operand of the result's shape, as it is or with tokens and heads exchanged; None if it is neither."""
+    """`value` as an operand of the result's shape, as it is or with tokens and heads exchanged; None if neither."""
     found = dims(value)
     if len(found) != 4 or found[3] != shape[3]:
         return None
@@ -184,7 +193,7 @@ def _half_tables(value: ir.Value, head_dim: int) -> list[ir.Value]:
         return [value]
     node = value.producer()
     try:
-        if node is None or not is_made_by(value, *_TABLE) or _looked_up(value):
+        if node is None or not is_made_by(value, *_TABLE) or not uniform(node) or _looked_up(value):
             raise _no_half(value, head_dim)
         parts = [part for part in data_inputs(node) if constant(part) is None]
         return [table for part in dict.fromkeys(parts) for table in _half_tables(part, head_dim)]
@@ -240,7 +249,7 @@ def _reading(model: ir.Model, y: ir.Value, x: Operand, tables: tuple[Operand, Op
         raise Refusal(f"the result has shape {list(got.shape)} for x {list(x_BHTD.shape)}", None)
     for (cos, sin), interleaved, sign in itertools.product(((0, 1), (1, 0)), (0, 1), (1, -1)):
         expected = _rotated(x_BHTD, angles[cos], np.float32(sign) * angles[sin], interleaved)
-        if np.abs(got - expected).max() > _SAME * np.abs(expected).max():
+        if not np.abs(got - expected).max() <= _SAME * np.abs(expected).max():  # nor is what is not a number
             continue
         if sign < 0:
             reason = "it turns in the other direction, by the angle whose sine is negative"

@@ -23,6 +23,7 @@ from graph_passes.graph import (
 )
 
 _NO_PART_OF_ATTENTION = {
+    "Cast": "the scores are integers or rounded to a narrower type, which the op does not compute",
     "Tanh": "the scores pass through Tanh (soft-capping), which the op does not compute",
     "Concat": "the scores are joined with a column that is no key (such as an attention sink), which takes weight away",
     "Clip": "the scores are clipped, which the op does not compute",

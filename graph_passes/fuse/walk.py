@@ -14,19 +14,54 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.graph import Refusal, constant, scalar
+from graph_passes.graph import Dim, Refusal, constant, dims, integer_attribute, scalar
 
 REARRANGEMENTS = frozenset(
     {"Transpose", "Reshape", "Flatten", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity", "Cast"}
     | {"Slice", "Split", "Gather", "GatherElements", "GatherND", "Concat"}
 )
-"""Operators that copy elements: which go where depends on shapes and constants alone. Cast between float types rounds
-at most, which a proof sees."""
+"""Operators that copy elements: which go where depends on shapes and constants alone. A walk passes those that are
+`uniform`."""
 
 _INDEXED = frozenset({"Gather", "GatherElements", "GatherND"})
 
 FACTORS = frozenset(("Mul", "Div", "Neg"))
 """Operators that may multiply by a constant number."""
+
+
+def uniform(node: ir.Node) -> bool:
+    """Whether a rearrangement does at every size what it does at one, and keeps float32; any other operator does.
+
+    A cut along an open axis does not: [:512] leaves a short axis whole and a long one not. Nor does a constant of which
+    as much is taken as some size asks for. The examples of a proof are short, and would not tell. Neither would a cast
+    to a narrower type: where ONNX Runtime has no kernel for it, it computes in float32 and drops the rounding.
+    """
+    if node.op_type not in REARRANGEMENTS or not node.inputs:
+        return True
+    first = node.inputs[0]
+    if node.op_type == "Cast":
+        target = ir.DataType(integer_attribute(node, "to", ir.DataType.FLOAT.value))
+        return first is not None and not (_is_float(first) and target.is_floating_point() and target.bitwidth < 32)
+    if node.op_type not in ("Slice", "Split", *_INDEXED):
+        return True
+    if node.op_type in _INDEXED and constant(node.inputs[1]) is None:
+        return True  # what is chosen is data, which the caller follows
+    if first is None or first.shape is None or node.outputs[0].shape is None:
+        return False
+    before, after = dims(first), dims(node.outputs[0])
+    if node.op_type in ("Gather", "GatherND"):
+        return all(isinstance(extent, int) for extent in _looked_up_axes(node, before))
+    return len(before) == len(after) and all(
+        old == new or (isinstance(old, int) and isinstance(new, int)) for old, new in zip(before, after, strict=True)
+    )
+
+
+def _looked_up_axes(node: ir.Node, shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The extents of the axes along which a Gather or GatherND with constant indices looks up."""
+    if node.op_type == "Gather":
+        return shape[integer_attribute(node, "axis", 0) :][:1]
+    indices, first = constant(node.inputs[1]), integer_attribute(node, "batch_dims", 0)
+    return shape[first : first + (indices.shape[-1] if indices is not None else len(shape))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +102,8 @@ def source(value: ir.Value) -> Step | None:
 
 def _copied(node: ir.Node) -> ir.Value | None:
     first = node.inputs[0]
+    if not uniform(node):
+        return None
     if node.op_type == "Concat":
         return first if all(v is first for v in node.inputs) else None
     if node.op_type in _INDEXED and constant(node.inputs[1]) is None:
@@ -127,7 +164,7 @@ class Cone:
 
 
 def cone(value: ir.Value, allowed: Collection[str], *, stop: Callable[[ir.Value], bool] | None = None) -> Cone:
-    """Everything behind `value` that is reached through standard operators in `allowed`.
+    """Everything behind `value` that is reached through standard operators in `allowed`, rearrangements if `uniform`.
 
     stop: values at which the walk ends even though their producer is allowed. Of a rearrangement only the data are
     followed, not what gives it its shape, axes or bounds.
@@ -140,7 +177,7 @@ def cone(value: ir.Value, allowed: Collection[str], *, stop: Callable[[ir.Value]
         values.append(current)
         node = current.producer()
         known = node is not None and node.domain in ("", "ai.onnx") and node.op_type in allowed
-        if node is None or not known or (stop is not None and stop(current)):
+        if node is None or not known or not uniform(node) or (stop is not None and stop(current)):
             ends.append(current)
             continue
         for behind in data_inputs(node):

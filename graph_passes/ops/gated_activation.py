@@ -21,10 +21,10 @@ def _body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Gates from deep saturation to the bend at zero, zero itself included; two sizes, so that no constant fits both."""
+    """Gates from deep saturation to the bend at zero, zero itself included. Two sizes: no constant fits both."""
     rank = len(shapes[0])
     for rows, width in ((1, 8), (3, 17)):
-        shape = (*(1,) * (rank - 2), rows, width)
+        shape = (*(1,) * (rank - 2), rows, width)[-rank:]
         gate = 6 * rng.standard_normal(shape, dtype=np.float32)
         gate[..., 0] = 0.0
         gate[..., 1], gate[..., 2] = 60.0, -60.0

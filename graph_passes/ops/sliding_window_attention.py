@@ -86,14 +86,15 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
         if window == FULL:  # a full-attention buffer is never wrapped
             inside = start + tokens <= slots
             start, count = start[inside], count[inside]
-        # One row at a time keeps a window of 32,768 within a few megabytes.
-        for row in range(len(start)):
-            seen = visible_pairs(start[row : row + 1], count[row : row + 1], tokens, slots, window)
-            if not seen.any(axis=-1).all():
-                continue  # padding that sees no key: its output is unspecified
-            query = rng.standard_normal((1, 2, tokens, 4), dtype=np.float32)
-            key, value = rng.standard_normal((2, 1, 1, slots, 4), dtype=np.float32)
-            yield query, key, value, start[row : row + 1], count[row : row + 1]
+        each = [(start[[row]], count[[row]]) for row in range(len(start))]
+        seen = [visible_pairs(*row, tokens, slots, window).any(axis=-1).all() for row in each]
+        rows = np.flatnonzero(seen)  # without padding that sees no key: its output is unspecified
+        # Two rows at a time, since one row alone could lend its positions to others; more would be too large for a
+        # window of 32,768. An odd last one goes with the first.
+        for pair in np.resize(rows, (-(-len(rows) // 2), 2)):
+            query = rng.standard_normal((2, 2, tokens, 4), dtype=np.float32)
+            key, value = rng.standard_normal((2, 2, 1, slots, 4), dtype=np.float32)
+            yield query, key, value, start[pair], count[pair]
 
 
 SLIDING_WINDOW_ATTENTION = PluginOp(

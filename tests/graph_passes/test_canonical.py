@@ -8,7 +8,7 @@ import pytest
 
 from graph_passes.canonical import canonicalise
 from graph_passes.unbound import UnboundWeight, is_unbound
-from tests.support.graphs import assert_same_outputs, canonical, parse, statements
+from tests.support.graphs import assert_same_outputs, canonical, op_types, parse, statements
 
 X = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
 
@@ -140,6 +140,16 @@ def with_weights(text: str, **shapes: tuple[int, ...]) -> ir.Model:
         value.const_value = UnboundWeight(name, ir.DataType.FLOAT, ir.Shape(shape))
         model.graph.register_initializer(value)
     return model
+
+
+def test_values_of_unknown_shape_stay_as_they_are() -> None:
+    model = parse(
+        "g (float[B,4] x, int64[T] at) => (y, size) { size = Shape <start = 0, end = 1> (x) y = Gather (x, at) }"
+    )
+    for value in model.graph.inputs:
+        value.shape = None
+    canonicalise(model)
+    assert op_types(model) == ["Shape", "Gather"]
 
 
 def test_weights_without_data_are_not_read_and_stay() -> None:

@@ -45,7 +45,7 @@ def test_fuses(text: str, change: list[tuple[str, str]], activation: str) -> Non
         ([("Mul (active, up)", "Mul (active, gate)")], "both factors come from the same product"),
         ([("Mul (active, up)", "Add (active, up)")], "both factors come from the same product"),
         ([(SILU, "active = Identity (gate)")], "not an activated product times another product"),
-        ([(SILU, "active = Softmax <axis = -1> (gate)")], "the activation is none that is known"),
+        ([(SILU, "active = Softmax <axis = -1> (gate)")], "the activation is not elementwise: .* comes from Softmax"),
         ([(SILU, "active = Sin (gate)")], "the activation is none that is known; the nearest, .*, differs by"),
         ([(SILU, "both = Add (gate, up) active = Sigmoid (both)")], "the activation depends on more than the gate"),
         ([(SILU, "active = Sigmoid (x)"), ("float[12,10] up_weight", "float[12,12] up_weight"),
@@ -55,6 +55,22 @@ def test_fuses(text: str, change: list[tuple[str, str]], activation: str) -> Non
 )  # fmt: skip
 def test_refuses(change: list[tuple[str, str]], reason: str) -> None:
     assert re.search(reason, refusal(mutate(SWIGLU, *change), gated_activation.RULE))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "y"), [("N,12", "12", "N"), ("12", "12,10", "10"), ("A,B,T,12", "12,10", "A,B,T,10")]
+)
+def test_fuses_gates_of_one_to_four_axes(x: str, weight: str, y: str) -> None:
+    text = SWIGLU.replace("[N,12]", f"[{x}]").replace("[12,10]", f"[{weight}]").replace("[N,10]", f"[{y}]")
+    model, _ = fuse(text, gated_activation.RULE)
+    assert op_types(model) == ["MatMul", "MatMul", "GatedActivation"]
+
+
+@pytest.mark.parametrize(("x", "weight", "y", "axes"), [("12", "12", "", 0), ("A,B,S,T,12", "12,10", "A,B,S,T,10", 5)])
+def test_refuses_gates_of_other_ranks(x: str, weight: str, y: str, axes: int) -> None:
+    text = SWIGLU.replace("[N,12]", f"[{x}]").replace("[12,10]", f"[{weight}]")
+    text = text.replace("float[N,10]", f"float[{y}]" if y else "float")
+    assert f"the gate 'gate' has {axes} axes" in refusal(text, gated_activation.RULE)
 
 
 def test_two_shapes_that_broadcast_are_refused() -> None:

@@ -276,6 +276,31 @@ def test_what_is_no_repeat_stays_outside(spelling: list[tuple[str, str]], inputs
     assert_same_outputs(parse(text), model, arrays)
 
 
+def test_a_ring_that_is_cut_short_is_not_read_whole() -> None:
+    """The first 512 slots are all there are of a short ring, and so of every example."""
+    text = mutate(
+        ATTENTION,
+        ("[B,2,2,S,6] key_wide, float[B,4,S,6] key_heads", "[B,2,2,C,6] key_wide, float[B,4,C,6] key_heads"),
+        ("[B,2,2,S,6] value_wide, float[B,4,S,6] value_heads", "[B,2,2,C,6] value_wide, float[B,4,C,6] value_heads"),
+        (
+            "wide = Concat <axis = 0> (rows, two, two, slots_1, six)",
+            "wide = Constant <value_ints = [1, 1, 2, 1, 1]> ()",
+        ),
+        ("(rows, four, slots_1, six)", "(rows, four, open, six)"),
+        (
+            "flat =",
+            """open = Constant <value_ints = [-1]> () most = Constant <value_ints = [512]> ()
+            from = Constant <value_ints = [0]> () slot_axis = Constant <value_ints = [3]> ()
+            short_key = Slice (key, from, most, axis_2) short_value = Slice (value, from, most, axis_2)
+            short = Slice (visible, from, most, slot_axis) flat =""",
+        ),
+        ("Unsqueeze (key, axis_2)", "Unsqueeze (short_key, axis_2)"),
+        ("Unsqueeze (value, axis_2)", "Unsqueeze (short_value, axis_2)"),
+        ("Where (visible,", "Where (short,"),
+    )
+    assert "the mask 'short' is [B, 1, T, " in refusal(text, gqa.RULE)
+
+
 def test_a_scale_per_head_is_no_scale() -> None:
     text = mutate(
         ATTENTION,

@@ -114,6 +114,7 @@ def test_a_mask_of_two_bools_is_made_bool_itself() -> None:
             ],
             "a head dim that is not fixed",
         ),
+        ([("scale = 0.4", "scale = 0.4, softmax_precision = 10")], "rounded to a narrower type"),
         ([("(visible, zero, low)", "(visible, zero, zero)")], "hides everything or nothing"),
         ([("(visible, zero, low)", "(visible, low, low)")], "hides everything or nothing"),
         ([("(visible, zero, low)", "(visible, one, low)")], "masked scores are 1, which leaves them some weight"),

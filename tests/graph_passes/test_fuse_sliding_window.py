@@ -174,7 +174,7 @@ def test_a_mask_that_two_attentions_share_goes_with_the_second() -> None:
                 ("Range (zero, tokens, one)", "Range (zero, some, one)"),
                 ("offset =", "some_1 = Shape (count) some = Squeeze (some_1) offset ="),
             ],
-            "the mask has shape (1, 1, 1, ",
+            "for T = 1, S = 5",
         ),
         (
             [
@@ -186,6 +186,18 @@ def test_a_mask_that_two_attentions_share_goes_with_the_second() -> None:
                 )
             ],
             "the region cannot run on these inputs",
+        ),
+        (
+            [
+                ("int64[B] start", "int64 reach, int64[B] start"),
+                (
+                    "visible = And (seen, near)",
+                    "newest = ReduceMax <keepdims = 0> (end) late = Greater (newest, window) "
+                    "inside = If (late) <then_branch = a () => (bool[B,1,T,S] c) { c = Less (distance, reach) }, "
+                    "else_branch = b () => (bool[B,1,T,S] d) { d = Identity (near) }> visible = And (seen, inside)",
+                ),
+            ],
+            "the region holds a node (such as If) whose own graph reads values from outside",
         ),
     ],
 )

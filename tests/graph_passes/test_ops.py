@@ -57,6 +57,16 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("window", [0, 1, 5, 33])
+def test_examples_of_the_window_have_rows_of_different_positions(window: int) -> None:
+    """One row alone, or two alike, would not show a mask that takes one row's position for all."""
+    op = OPS["SlidingWindowAttention"]
+    examples = op.examples(np.random.default_rng(0), {"scale": 1.0, "window": window}, [()] * 5)
+    starts = [arrays[3].tolist() for arrays in examples]
+    assert all(len(pair) == 2 for pair in starts)
+    assert sum(first != second for first, second in starts) > len(starts) // 2
+
+
 def model_of(case: Case) -> ir.Model:
     """A model that is one node of the op, with its function body."""
     op = OPS[case.op]

@@ -15,6 +15,7 @@ from graph_passes.graph import Refusal
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.moe_gate import MOE_GATE
 from graph_passes.prove import difference, prove
+from graph_passes.region import Region
 from runtime.errors import FusionError, ProofError
 from tests.graph_passes.faults import attributes, body
 from tests.graph_passes.texts import ATTENTION, EXPERTS, GATE, ROPE, fuse
@@ -45,6 +46,20 @@ def test_a_region_that_needs_more_than_the_op_s_inputs_is_no_proof() -> None:
     match = moe_gate.match(model, anchor)
     with pytest.raises(ProofError, match="the region also needs the data of 'bias'"):
         prove(model, replace(match, inputs=(model.graph.inputs[0],)))
+
+
+def test_an_example_of_another_rank_is_no_proof() -> None:
+    model = canonical(ROPE)
+    region = Region(model, list(model.graph.inputs), list(model.graph.outputs))
+    with pytest.raises(Refusal, match="'x' has 4 axes and is given 3"):
+        region.run([np.zeros((2, 3, 6), np.float32)] + [np.zeros((2, 3, 3), np.float32)] * 2)
+
+
+def test_a_value_of_unknown_type_is_no_proof() -> None:
+    model = canonical(ROPE)
+    model.graph.inputs[0].type = ir.TensorType(None)  # type: ignore[arg-type]
+    with pytest.raises(Refusal, match="the region is no graph of its own"):
+        Region(model, list(model.graph.inputs), list(model.graph.outputs))
 
 
 @pytest.mark.parametrize(

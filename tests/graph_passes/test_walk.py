@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import pytest
 
-from graph_passes.fuse.walk import REARRANGEMENTS, back, cone, forward, only_reader, unexpected
+from graph_passes.fuse.walk import REARRANGEMENTS, back, cone, forward, only_reader, unexpected, uniform
 from tests.support.graphs import parse
 
 CHAIN = """g (float[B,2,S,6] x, int64[B] index) => (float[B,4,6,S] y, float[B,2,S,6] z)
@@ -99,3 +99,45 @@ def test_an_end_is_named_with_what_it_comes_from() -> None:
     model = lifted(CHAIN)
     assert unexpected(value(model, "root"), "MatMul").reason == "'root' should come from MatMul, but comes from Tanh"
     assert unexpected(value(model, "x"), "MatMul").reason == "'x' should come from MatMul, but is an input"
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("y = Slice (x, from, to, last)", True),
+        ("y = Slice (x, from, to, slots)", False),
+        ("y = Slice (table, from, size, from)", False),
+        ("y, z = Split <axis = 3, num_outputs = 2> (x)", True),
+        ("y, z = Split <axis = 2, num_outputs = 2> (x)", False),
+        ("y = Gather <axis = 1> (x, to)", True),
+        ("y = Gather <axis = 2> (x, to)", False),
+        ("y = GatherElements <axis = 3> (x, places)", False),
+        ("y = GatherND <batch_dims = 1> (x, to)", True),
+        ("y = GatherND <batch_dims = 2> (x, to)", False),
+        ("y = Cast <to = 10> (x)", False),
+        ("y = Cast <to = 11> (x)", True),
+        ("y = Transpose <perm = [0, 2, 1, 3]> (x)", True),
+        ("y = Tanh (x)", True),
+    ],
+)
+def test_only_what_is_the_same_at_every_size_is_uniform(statement: str, expected: bool) -> None:
+    """[:1] of two fixed heads is, [:1] of however many slots is not; nor is rounding to half precision."""
+    text = f"""g (float[B,2,S,6] x) => (y) {{
+        from = Constant <value_ints = [0]> () to = Constant <value_ints = [1]> ()
+        slots = Constant <value_ints = [2]> () last = Constant <value_ints = [3]> ()
+        table = Constant <value_floats = [1.0, 2.0, 3.0]> () size = Shape <start = 2, end = 3> (x)
+        places = Constant <value = int64[1,1,1,2] {{1, 0}}> ()
+        {statement}
+    }}"""
+    model = lifted(text)
+    common.ShapeInferencePass()(model)
+    node = value(model, "y").producer()
+    assert node is not None
+    assert uniform(node) is expected
+
+
+def test_a_shape_that_is_unknown_is_not_the_same_at_every_size() -> None:
+    model = lifted("g (float[B,2,S,6] x, int64[1] a, int64[1] b) => (y) { y = Slice (x, a, b) }")
+    node = value(model, "y").producer()
+    assert node is not None
+    assert not uniform(node)

@@ -144,7 +144,7 @@ def scale_per_head(q: Tensor, k: Tensor, v: Tensor, start: Tensor, count: Tensor
     return mixed(torch.where(visible(q, k, start, count), scores, LOWEST), v)
 
 
-@refused("scores rounded to half precision", "computes something else")
+@refused("scores rounded to half precision", "rounded to a narrower type")
 def rounded(q: Tensor, k: Tensor, v: Tensor, start: Tensor, count: Tensor) -> Tensor:
     return mixed(torch.where(visible(q, k, start, count), products(q, k).half().float(), LOWEST), v)
 

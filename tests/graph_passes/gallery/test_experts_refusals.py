@@ -127,6 +127,33 @@ def mean(x: Tensor, w: Tensor, e: Tensor, g: Tensor, u: Tensor, d: Tensor) -> Te
     return (torch.einsum("nki,nkci->nkc", h, d[e]) * w[..., None]).mean(1)
 
 
+PLACES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dropped behind the 64th token": lambda w, n: torch.where((n < 64)[:, None], w, 0.0),
+    "masked behind the 64th token": lambda w, n: w * (n < 64)[:, None].float(),
+    "those of the 64th token from there on": lambda w, n: w[torch.clamp(n, max=63)],
+    "those of the first token behind the 64th": lambda w, n: w[torch.where(n < 64, n, 0)],
+    "larger from 64 tokens on": lambda w, n: w * torch.clamp(torch.ones(n.shape[0]).sum() / 64, min=1.0),
+}
+"""What is done to weights [N, E] by the number of each token [N]: nothing, in a proof with a dozen tokens."""
+
+
+def placed(change: Callable[[Tensor, Tensor], Tensor]) -> Program:
+    def program(x: Tensor, w: Tensor, e: Tensor, g: Tensor, u: Tensor, d: Tensor) -> Tensor:
+        weight_NE = change(scattered(x, w, e), torch.arange(x.shape[0]))
+        return (units(x, g, u, d) * weight_NE.mT[:, :, None]).sum(0)
+
+    return program
+
+
+for _name, _change in PLACES.items():
+    REFUSED[f"weights {_name}"] = (placed(_change), "depends on its place, or on the number of tokens")
+
+
+@refused("weights of zero made one", "computes something else")
+def zero_made_one(x: Tensor, w: Tensor, e: Tensor, g: Tensor, u: Tensor, d: Tensor) -> Tensor:
+    return gathered(x, torch.where(w == 0, 1.0, w), e, g, u, d)
+
+
 @refused("no gate", "an expert has three matrices, gate, up and down, but here are 2 stacks")
 def ungated(x: Tensor, w: Tensor, e: Tensor, g: Tensor, u: Tensor, d: Tensor) -> Tensor:
     return ((F.silu(x @ g.mT) @ d.mT) * scattered(x, w, e).mT[:, :, None]).sum(0)
