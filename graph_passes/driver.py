@@ -30,10 +30,9 @@ def apply(model: ir.Model, rule: Rule, *, proving: bool = True) -> tuple[list[Fu
     for anchor in list(model.graph):
         if anchor.graph is None or (anchor.domain, anchor.op_type) not in rule.anchors:
             continue
-        try:
-            match = rule.match(model, anchor)
-        except Refusal as refusal:
-            refused.append(_refused(rule, anchor, refusal))
+        match = _found(rule, model, anchor)
+        if isinstance(match, RefusalRecord):
+            refused.append(match)
             continue
         fused.append(rewrite(model, match, prove(model, match) if proving else None))
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
@@ -49,10 +48,9 @@ def apply_in_step(
     for anchor in list(twin.small.graph):
         if anchor.graph is None or (anchor.domain, anchor.op_type) not in rule.anchors:
             continue
-        try:
-            match = rule.match(twin.small, anchor)
-        except Refusal as refusal:
-            refused.append(_refused(rule, anchor, refusal))
+        match = _found(rule, twin.small, anchor)
+        if isinstance(match, RefusalRecord):
+            refused.append(match)
             continue
         proof = prove(twin.small, match) if proving else None
         large = twin.transplant(match)
@@ -155,6 +153,21 @@ def _remove_unread(model: ir.Model, seeds: Iterable[ir.Node]) -> list[ir.Node]:
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
                 model.graph.initializers.pop(str(value.name), None)
     return gone
+
+
+def _found(rule: Rule, model: ir.Model, anchor: ir.Node) -> Match | RefusalRecord:
+    """The match at `anchor`, or why there is none.
+
+    A matcher changes nothing, so that one which stumbles over a graph that nobody thought of has refused it: the export
+    goes on, and the count decides whether the place mattered. The report names the exception.
+    """
+    try:
+        return rule.match(model, anchor)
+    except Refusal as refusal:
+        return _refused(rule, anchor, refusal)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        stumbled = f"the matcher itself failed with {type(error).__name__} ({error}), which is a bug in the rule"
+        return _refused(rule, anchor, Refusal(stumbled, anchor))
 
 
 def _refused(rule: Rule, anchor: ir.Node, refusal: Refusal) -> RefusalRecord:

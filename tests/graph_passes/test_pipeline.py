@@ -50,6 +50,7 @@ def test_every_step_keeps_numbers_names_and_weights(template: Template) -> None:
         assert [record.node for record in fused] == [node.name for node in new]
         for record, node in zip(fused, new, strict=True):
             assert record.error is not None
+            assert record.precision is not None
             assert record.error <= TOLERANCES[record.precision]
             assert all(scopes[str(output.name)] == record.scope for output in node.outputs)
             assert record.scope.startswith("layers.")

@@ -19,7 +19,7 @@ from graph_passes.region import Region
 from runtime.errors import FusionError, ProofError
 from tests.graph_passes.faults import attributes, body
 from tests.graph_passes.texts import ATTENTION, EXPERTS, GATE, ROPE, fuse
-from tests.support.graphs import canonical, mutate, op_types, statements
+from tests.support.graphs import canonical, mutate, op_types, serialised, statements
 
 
 def test_the_proof_is_the_same_every_time() -> None:
@@ -123,6 +123,20 @@ def test_anchors_that_do_not_match_are_reported_with_reason_and_scope() -> None:
 
 
 TWO_ROUTES = EXPERTS.replace("int64[N,2] expert,", "int64[N,2] expert, float[N,2] weight_2, int64[N,2] expert_2,")
+
+
+def test_a_matcher_that_stumbles_has_refused_and_says_so() -> None:
+    def stumble(model: ir.Model, anchor: ir.Node) -> Match:
+        raise IndexError("list index out of range")
+
+    model = canonical(GATE)
+    untouched = serialised(model)
+    fused, (record,) = apply(model, replace(moe_gate.RULE, match=stumble))
+    assert fused == []
+    assert record.reason.startswith("the matcher itself failed with IndexError (list index out of range)")
+    assert serialised(model) == untouched
+
+
 TWO_MIXTURES = TWO_ROUTES.replace("    y = ReduceSum", "    x_2 = ReduceSum").replace("}", "") + "\n".join(
     f"    {line.strip()}"
     for line in """
