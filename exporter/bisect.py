@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from exporter.bisect_blame import Case, blame, layer_of
+from exporter.bisect_blame import Case, blame, changed_values, layer_of
 from exporter.bisect_local import ROUNDING, LocalComparison, Off, alone, pairs, steps_of
 from exporter.bisect_modules import TemplateFault, module_off, template_fault
 from exporter.bisect_report import BisectReport, Culprit
@@ -108,6 +108,9 @@ class _Search:
         self._report(4)
         if not offs and wrong:
             offs = self._readers(local, shared, wrong)
+        if not offs:  # what this version makes otherwise is named as well, however little it moves
+            changed = changed_values(self._model, rebuilt.stages[-1].model)
+            offs = local.off(self._model, shared, only=changed, tolerance=0.0)
         if offs:
             piece = alone(self._model, shared, offs[0].value)
             culprit = blame(case, offs[0], piece, tuple(off.value for off in offs[1:]))

@@ -133,11 +133,29 @@ def _changes(node: ir.Node, due: ir.Node | None, known: set[str]) -> list[str]:
         changes.append(
             f"its inputs there are {', '.join(map(str, theirs))} where the bundle has {', '.join(map(str, ours))}"
         )
+    return changes + _other_attributes(node, due)
+
+
+def _other_attributes(node: ir.Node, due: ir.Node) -> list[str]:
+    """The attributes in which a node differs from the one that this version makes, in words."""
+    changes = []
     for name in sorted({*node.attributes, *due.attributes}):
         a, b = (_shown(side.attributes.get(name)) for side in (node, due))
         if a != b:
             changes.append(f"its {name} is {b} where the bundle has {a}")
     return changes
+
+
+def changed_values(model: ir.Model, finished: ir.Model) -> list[str]:
+    """What is made by nodes that this version makes too, but with other attributes or constants."""
+    named = {str(node.name): node for node in finished.graph}
+    return [
+        str(value.name)
+        for node in model.graph
+        if (due := named.get(str(node.name))) is not None and node.op_identifier() == due.op_identifier()
+        if _wrong_constant(node, due) or _other_attributes(node, due)
+        for value in node.outputs
+    ]
 
 
 def _wrong_constant(node: ir.Node, due: ir.Node) -> str | None:

@@ -21,8 +21,9 @@ from exporter.plan import ExportPlan, make_plan
 from exporter.stitch import stitch
 from graph_passes import pipeline
 from graph_passes.canonical import canonicalise
-from graph_passes.driver import apply
+from graph_passes.driver import apply, apply_in_step
 from graph_passes.region import IR_VERSION
+from graph_passes.twin import Twin
 from graph_passes.unbound import is_unbound
 from reference.checkpoint import Checkpoint
 from reference.torch_state import plain_torch
@@ -78,7 +79,10 @@ def plan_of(bundle: Bundle, checkpoint: Checkpoint) -> ExportPlan:
 
 @plain_torch()
 def rebuild(bundle: Bundle, checkpoint: Checkpoint, plan: ExportPlan) -> Rebuilt:
-    """Trace, canonicalise and fuse again, with proofs off; the front end is the one that the bundle records."""
+    """Trace, canonicalise and fuse again, with proofs off; the front end is the one that the bundle records.
+
+    What is too large to be run is matched on its twin here too, since a matcher tries its readings by running them.
+    """
     options = bundle.manifest.provenance.get("options")
     options = options if isinstance(options, Mapping) else {}
     frontend = open_frontend(
@@ -88,6 +92,7 @@ def rebuild(bundle: Bundle, checkpoint: Checkpoint, plan: ExportPlan) -> Rebuilt
         options.get("ignore_config_keys", ()),
     )
     template = trace_template(plan, frontend)
+    pair = None if plan.twin is None else Twin(trace_template(plan.twin, frontend), template)
     raw = template.clone()
     early: list[Stage] = []
     stages: list[Stage] = []
@@ -101,10 +106,14 @@ def rebuild(bundle: Bundle, checkpoint: Checkpoint, plan: ExportPlan) -> Rebuilt
             if stages or last:
                 raise
 
-    canonicalise(template)
+    for model in (template,) if pair is None else (template, pair.small):
+        canonicalise(model)
     keep("canonicalise", last=False)
     for rule, _ in pipeline.PIPELINE:
-        apply(template, rule, proving=False)
+        if pair is None:
+            apply(template, rule, proving=False)
+        else:
+            apply_in_step(pair, template, rule, proving=False)
         keep(rule.name, last=rule is pipeline.PIPELINE[-1][0])
     return Rebuilt(plan, raw, tuple(early), tuple(stages))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from exporter.defaults import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_MAX_BATCH, LEAST_CHUNK
+from graph_passes.ops.moe import MOST_NUMBERS
 from reference.config import ModelConfig
 from runtime.errors import ExportError
 
-_PROVABLE = 1 << 22
-"""Numbers in one matrix of all experts, above which a proof would take seconds and gigabytes."""
+_TWIN_SIZES = (31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83)
+"""Primes, so that none is a product of other sizes; the smallest that are free keep a twin of many experts small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,13 @@ class ExportPlan:
         The twin's hidden and intermediate size are no other size of the model: each stands for one size only.
         """
         config = self.config
-        if config.moe is None or config.moe.num_experts * config.hidden_size * config.intermediate_size <= _PROVABLE:
+        if config.moe is None or config.moe.num_experts * config.hidden_size * config.intermediate_size <= MOST_NUMBERS:
             return None
-        heads = {config.num_heads, config.num_kv_heads}
-        taken = {config.vocab_size, config.head_dim, config.moe.num_experts, *heads}
-        taken |= {self.capacity(kind) for kind in range(len(self.kinds))} | {config.head_dim * n for n in heads}
-        hidden, intermediate = [n for n in (31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83) if n not in taken][:2]
+        heads = {config.num_heads, config.num_kv_heads, config.num_heads // config.num_kv_heads}
+        taken = {config.vocab_size, config.moe.num_experts, config.moe.top_k, *heads, *filter(None, self.kinds)}
+        taken |= {self.capacity(kind) for kind in range(len(self.kinds))}
+        taken |= {width * n for n in {1, *heads} for width in (config.head_dim, config.head_dim // 2)}
+        hidden, intermediate = [n for n in _TWIN_SIZES if not taken & {n, 2 * n}][:2]
         return replace(self, config=replace(config, hidden_size=hidden, intermediate_size=intermediate))
 
 

@@ -9,6 +9,7 @@ differ, and only as one table of sizes (twin 37 ↔ 4,096) that holds throughout
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -17,11 +18,13 @@ import onnx
 import onnx_ir as ir
 
 from graph_passes.driver_types import Adapted, Match, Operand, source_of
-from graph_passes.graph import Dim, constant, dims
+from graph_passes.graph import Dim, Refusal, constant, dims
 from graph_passes.ops.base import OPSET
 from graph_passes.region import IR_VERSION
 from graph_passes.unbound import is_unbound
 from runtime.errors import ProofError
+
+_NUMBER = re.compile(r"\b(\d+)\b")
 
 
 class Twin:
@@ -44,25 +47,32 @@ class Twin:
         if missing:
             raise ProofError(f"{match.place}: the small twin has {missing[0]!r} and the model has not.")
         self._compare(match, values)
-        return replace(
-            match,
-            anchor=nodes[str(match.anchor.name)],
-            inputs=tuple(_moved(operand, values[str(source_of(operand).name)]) for operand in match.inputs),
-            outputs=tuple(values[str(v.name)] for v in match.outputs),
-        )
+        try:
+            return replace(
+                match,
+                anchor=nodes[str(match.anchor.name)],
+                inputs=tuple(
+                    self._moved(match, operand, values[str(source_of(operand).name)]) for operand in match.inputs
+                ),
+                outputs=tuple(values[str(v.name)] for v in match.outputs),
+            )
+        except Refusal as refusal:  # the sizes do not go together as those of the twin did
+            raise self._differ(match, refusal.reason) from refusal
 
     def _compare(self, match: Match, values: dict[str, ir.Value]) -> None:
         """Walk both regions from their outputs to their sources at once."""
         stack = [(v, values[str(v.name)]) for v in match.outputs]
-        borders = [(v, values[str(v.name)]) for v in match.sources]
-        for small, large in borders:
+        counterpart = {v: values[str(v.name)] for v in match.sources}
+        for small, large in counterpart.items():
             self._same_shape(match, small, large)
-        seen = {small for small, _ in borders}
         while stack:
             small, large = stack.pop()
-            if small in seen:
+            if small in counterpart:
+                if counterpart[small] is not large:
+                    known = counterpart[small].name
+                    raise self._differ(match, f"{small.name!r} is {known!r} in one place and {large.name!r} in another")
                 continue
-            seen.add(small)
+            counterpart[small] = large
             self._same_shape(match, small, large)
             a, b = small.producer(), large.producer()
             if (a is None) != (b is None):
@@ -72,6 +82,8 @@ class Twin:
                 continue
             if (a.domain, a.op_type, a.name) != (b.domain, b.op_type, b.name) or len(a.inputs) != len(b.inputs):
                 raise self._differ(match, f"{a.op_type} {a.name!r} is {b.op_type} {b.name!r}")
+            if small.index() != large.index():
+                raise self._differ(match, f"{small.name!r} is another output of {a.name!r} than {large.name!r}")
             self._same_attributes(match, a, b)
             for x, y in zip(a.inputs, b.inputs, strict=True):
                 if (x is None) != (y is None):
@@ -95,8 +107,14 @@ class Twin:
             if self._sizes.setdefault(small, large) != large:
                 reason = f"{small} stands for {self._sizes[small]} elsewhere and for {large} in {name!r}"
                 raise self._differ(match, reason)
-        elif isinstance(small, int) or isinstance(large, int):
+            return
+        if str(small).startswith("?") and str(large).startswith("?"):
+            return  # neither has a name, see graph.dims
+        a, b = (_NUMBER.split(str(extent)) for extent in (small, large))
+        if isinstance(small, int) or isinstance(large, int) or a[::2] != b[::2]:
             raise self._differ(match, f"{name!r} has an extent of {small} and {large}")
+        for x, y in zip(a[1::2], b[1::2], strict=True):  # such as the 8 in 8*B*T
+            self._same_extent(match, int(x), int(y), name)
 
     def _same_constant(self, match: Match, small: ir.Value, large: ir.Value) -> None:
         if small.const_value is None or is_unbound(small):
@@ -117,11 +135,29 @@ class Twin:
             raise self._differ(match, f"{small.name!r} has other attributes")
         for name, a in small.attributes.items():
             b = large.attributes[name]
-            for x, y in zip(_numbers(a), _numbers(b), strict=True):
+            xs, ys = _numbers(a), _numbers(b)
+            if a.type != b.type or len(xs) != len(ys):
+                raise self._differ(match, f"{name} of {small.name!r} is {xs} and {ys}")
+            for x, y in zip(xs, ys, strict=True):
                 if isinstance(x, int) and isinstance(y, int):
                     self._same_extent(match, x, y, f"{small.name}.{name}")
                 elif x != y:
                     raise self._differ(match, f"{name} of {small.name!r} is {x} and {y}")
+
+    def _moved(self, match: Match, operand: Operand, source: ir.Value) -> Operand:
+        """The operand with `source` in the place of its own, its shape told by the table of sizes.
+
+        Raises ProofError when its nodes give another shape there: they hold a size that is the twin's.
+        """
+        if not isinstance(operand, Adapted):
+            return source
+        shape = tuple(
+            self._sizes.get(extent, extent) if isinstance(extent, int) else extent for extent in operand.shape
+        )
+        for due, found in zip(shape, _inferred(operand, source), strict=True):
+            if isinstance(found, int) and found != due:
+                raise self._differ(match, f"{source.name!r} {operand.how} has an extent of {found} where {due} is due")
+        return replace(operand, source=source, shape=shape)
 
     @staticmethod
     def _differ(match: Match, reason: str) -> ProofError:
@@ -145,10 +181,8 @@ def _values(model: ir.Model) -> Iterable[ir.Value]:
         yield from node.outputs
 
 
-def _moved(operand: Operand, source: ir.Value) -> Operand:
-    """The operand with `source` in the place of its own, its shape worked out again."""
-    if not isinstance(operand, Adapted):
-        return source
+def _inferred(operand: Adapted, source: ir.Value) -> tuple[Dim, ...]:
+    """The shape that the operand's nodes make of `source`, as far as ONNX can tell."""
     given = ir.Value(name="source", type=source.type, shape=source.shape)
     nodes = list(operand.build(given))
     result = nodes[-1].outputs[0]
@@ -158,4 +192,4 @@ def _moved(operand: Operand, source: ir.Value) -> Operand:
     graph = ir.Graph([given], [result], nodes=nodes, opset_imports={"": OPSET}, name="adapter")
     proto = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION))
     inferred = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
-    return replace(operand, source=source, shape=dims(inferred.graph.outputs[0]))
+    return dims(inferred.graph.outputs[0])

@@ -119,7 +119,8 @@ def _behind(root: ir.Value, area: Area) -> Operand | None:
         if value.shape is not None and dims(value) == dims(area.y):
             return value
         if value.shape is not None and len(dims(value)) == 3 and dims(value)[-1] == dims(area.y)[-1] and wide is None:
-            wide = value if "*".join(sorted(map(str, dims(value)[:2]))) == dims(area.y)[0] else None
+            factors = str(dims(area.y)[0]).split("*")
+            wide = value if sorted(map(str, dims(value)[:2])) == sorted(factors) else None
         node = value.producer()
         if node is None:
             break
@@ -134,12 +135,10 @@ def _behind(root: ir.Value, area: Area) -> Operand | None:
 
 
 def _flattened(x_BTC: ir.Value, area: Area) -> Adapted:
-    """Tokens [B, T, C] as [N, C]."""
-    width = dims(area.y)[1]
+    """Tokens [B, T, C] as [N, C]. The nodes hold no size, since a twin's are made for the large model as well."""
 
     def build(value: ir.Value) -> Sequence[ir.Node]:
-        target = ir.node("Constant", [], {"value_ints": [-1, int(width)]})
-        return [target, ir.node("Reshape", [value, target.outputs[0]])]
+        return [ir.node("Flatten", [value], {"axis": 2})]
 
     dtype = x_BTC.dtype or ir.DataType.FLOAT
     return Adapted(x_BTC, dtype, dims(area.y), build, lambda array: array[None], "flattened")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.fuse.walk import REARRANGEMENTS
+from graph_passes.fuse.walk import REARRANGEMENTS, data_inputs
 from graph_passes.graph import Dim, Refusal, constant, dims
 from graph_passes.unbound import is_unbound
 
@@ -221,6 +221,46 @@ def refuse_choices(area: Area) -> None:
             raise Refusal("a float is compared with something that is not zero", node)
         if node.op_type == "Cast" and floating and whole:
             raise Refusal("a float is rounded to a whole number", node)
+        _refuse_places(node, area)
+
+
+def _refuse_places(node: ir.Node, area: Area) -> None:
+    """Refuses what makes a difference between tokens by their place, or by how many there are.
+
+    A few tokens prove nothing about the place 1,000. What is made of shapes alone may fill with a number and count
+    tokens up for a choice of rows, and no more.
+    """
+    if node.op_type in ("Slice", "Split") and any(a != b for a, b in _open_extents(node)):
+        raise Refusal("tokens are taken apart by their place", node)
+    seen = {v for v in data_inputs(node) if v not in area.inside and v not in area.roots and constant(v) is None}
+    front = list(seen)
+    while front:
+        value = front.pop()
+        maker = value.producer()
+        if maker is None or maker.op_type in ("Shape", "Size", "ConstantOfShape"):
+            continue
+        counts = maker.op_type == "Range" and value.shape is not None and not value.shape.is_static()
+        whole = value.dtype is not None and value.dtype.is_integer()
+        rounds = whole and (maker.op_type == "Div" or (maker.op_type == "Cast" and not _is_whole(maker.inputs[0])))
+        if rounds or (counts and node.op_type in CHOICES - {"GatherND"}) or maker.op_type in FUNCTIONS | CHOICES:
+            raise Refusal("what a token gets depends on its place, or on the number of tokens", maker)
+        more = [v for v in data_inputs(maker) if v not in seen and constant(v) is None]
+        seen.update(more)
+        front.extend(more)
+
+
+def _open_extents(node: ir.Node) -> Iterator[tuple[Dim, Dim]]:
+    """Extents before and after `node`, where those before depend on the number of tokens."""
+    before, after = node.inputs[0], node.outputs[0]
+    if before is None or before.shape is None or after.shape is None:
+        return
+    for a, b in zip(dims(before), dims(after), strict=True):
+        if not isinstance(a, int):
+            yield a, b
+
+
+def _is_whole(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype is not None and value.dtype.is_integer()
 
 
 def _reaches_inside(node: ir.Node, area: Area) -> bool:

@@ -9,8 +9,11 @@ import numpy as np
 from graph_passes.ops.activations import activation_body
 from graph_passes.ops.base import Arrays, Attributes, PluginOp, Shapes, static
 
-_MOST_NUMBERS = 1 << 16
-"""Matrices of up to so many numbers are proved at their own sizes, which constants in the region may hold."""
+MOST_NUMBERS = 1 << 20
+"""Stacks of up to so many numbers are proved at their own sizes, which constants in the region may hold.
+
+A region with larger ones and constants of their size can be proved on a twin only (`graph_passes.twin`).
+"""
 
 
 def _body(attributes: Attributes) -> str:
@@ -48,12 +51,13 @@ def _body(attributes: Attributes) -> str:
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
     """Every expert in every one of the K places, random choices, tokens that all go the same way; tokens far from zero.
 
+    One choice has a weight of zero, as a softmax gives it where another logit is larger by more than a hundred.
     Large matrices are taken smaller: their sizes do not enter the routing.
     """
     E = static(shapes[3], 0, 4)
     K = static(shapes[1], 1, 2)
     C, I = static(shapes[0], 1, 12), static(shapes[3], 1, 10)
-    if E * I * C > _MOST_NUMBERS:
+    if E * I * C > MOST_NUMBERS:
         C, I = 12, 10
     in_turn = (np.arange(E)[:, None] + np.arange(K)) % E
     at_random = np.stack([rng.permutation(E)[:K] for _ in range(E + 1)])
@@ -62,6 +66,7 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
         N = len(expert)
         x = np.float32(size) * rng.standard_normal((N, C), dtype=np.float32)
         weight = rng.random((N, K), dtype=np.float32) + np.float32(0.1)
+        weight[N // 2, -1] = 0 if N > 1 else 1
         gate, up = rng.standard_normal((2, E, I, C), dtype=np.float32)
         down = rng.standard_normal((E, C, I), dtype=np.float32)
         yield x, weight, expert.astype(np.int64), gate, up, down

@@ -23,7 +23,7 @@ def _body(attributes: Attributes) -> str:
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
     """Spread logits, nearly equal ones, exact ties (the lower expert wins), one expert far ahead, each once the best,
-    all zero, and far below or above zero.
+    all zero, and far below or above zero. In one row all weights but the first are zero.
 
     Each once the best, so that an expert which the graph treats in a way of its own is seen, however many there are.
     Zero, since masks mark with it what was not chosen. Far off, since softmax does not see it and a small number
@@ -36,6 +36,8 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
     lone = np.where(np.arange(E) == rng.integers(0, E, (N, 1)), np.float32(30), np.float32(0))
     each = np.eye(static(shapes[0], 0, E), E, dtype=np.float32) + rng.standard_normal(E, dtype=np.float32) / 8
     far = spread + np.where(np.arange(N)[:, None] % 2 == 0, np.float32(-60), np.float32(60))
+    # Falling, so that the lowest expert numbers are the best whether weights of zero are tied or logits compared.
+    spread[0] = np.float32(-200) * np.arange(E, dtype=np.float32)
     for logits in (spread, close, tied, lone.astype(np.float32), each, np.zeros((N, E), np.float32), far):
         yield (logits,)
 

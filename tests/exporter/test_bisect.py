@@ -31,12 +31,14 @@ from tests.support.bundles import Exported, exported
 from tests.support.checkpoints import make_checkpoint
 from tests.support.graph_faults import (
     body_with_another_window,
+    epsilon,
     frequencies,
     keys_from_the_ring_of_values,
     one_node_more,
     renamed_with_a_narrower_window,
     scale_of_layer_2,
     slots_that_do_not_wrap,
+    smallest_frequency,
 )
 from tests.support.pass_faults import interleaved, planted_pass, wider
 from tests.support.planted import attribute, planted, with_weights
@@ -203,6 +205,15 @@ def test_a_graph_that_was_changed(dense: Exported, tmp_path: Path, name: str) ->
     assert re.search(said, culprit.why), culprit.why
     # Golden does not know the value between the two, so they cannot be told apart by their numbers.
     assert_written(report, tmp_path / "out", nodes=2 if name == "one node more" else 1)
+
+
+@pytest.mark.parametrize("change", [smallest_frequency, epsilon])
+def test_a_constant_that_hardly_shows(dense: Exported, tmp_path: Path, change: Change) -> None:
+    """Neither moves a value by more than rounding would; as with weights, that is no excuse."""
+    report = bisect(planted(dense.bundle, tmp_path / "wrong", change), dense.checkpoint, tmp_path / "out")
+    culprit = culprit_of(report)
+    assert (culprit.kind, culprit.op) == ("constant", "Mul" if change is smallest_frequency else "Add")
+    assert_written(report, tmp_path / "out")
 
 
 def test_a_graph_with_other_names(dense: Exported, tmp_path: Path) -> None:

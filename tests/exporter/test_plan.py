@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from exporter.plan import make_plan
-from reference.config import ModelConfig, RopeConfig
+from exporter.plan import ExportPlan, make_plan
+from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
+from reference.config import ModelConfig, MoEConfig, RopeConfig
 from runtime.errors import ExportError
 from runtime.rolling_kv import required_capacity
 
@@ -93,6 +96,34 @@ def test_a_context_means_nothing_to_a_model_that_slides_everywhere() -> None:
 @pytest.mark.parametrize("options, chunk", [({"chunk": 11, "context": 10}, 10), ({"chunk": 101}, 100)])
 def test_a_chunk_is_never_above_the_context(options: dict[str, int], chunk: int) -> None:
     assert make_plan(config(4, None, longest=100), **options).chunk == chunk
+
+
+def mixture(
+    experts: int, hidden: int, intermediate: int, *, head_dim: int = 8, window: int | None = None
+) -> ExportPlan:
+    moe, sizes = MoEConfig(num_experts=experts, top_k=2), config(window)
+    sizes = replace(sizes, hidden_size=hidden, intermediate_size=intermediate, head_dim=head_dim)
+    return make_plan(replace(sizes, architecture="mixtral", moe=moe))
+
+
+@pytest.mark.parametrize("num_experts", [8, 64, 256])
+@pytest.mark.parametrize("hidden, intermediate", [(64, 256), (512, 512), (4096, 14336)])
+def test_what_is_proved_is_proved_at_its_own_size(num_experts: int, hidden: int, intermediate: int) -> None:
+    """A region may hold its sizes as constants, so that examples of other sizes cannot be run through it."""
+    plan = mixture(num_experts, hidden, intermediate)
+    C, I = (plan.twin or plan).config.hidden_size, (plan.twin or plan).config.intermediate_size
+    shapes = [("N", C), ("N", 2), ("N", 2), (num_experts, I, C), (num_experts, I, C), (num_experts, C, I)]
+    _, _, _, gate, up, down = next(iter(MIXTURE_OF_EXPERTS.examples(np.random.default_rng(0), {}, shapes)))
+    assert [gate.shape, up.shape, down.shape] == shapes[3:]
+
+
+@pytest.mark.parametrize("sizes", [{"window": 31}, {"window": 37}, {"head_dim": 62}, {"head_dim": 74}])
+def test_a_twin_has_no_size_of_its_model(sizes: dict[str, int]) -> None:
+    """Neither a window nor half a head: one table of sizes must hold throughout both graphs."""
+    twin = mixture(8, 4096, 14336, **sizes).twin
+    assert twin is not None
+    (size,) = sizes.values()
+    assert not {twin.config.hidden_size, twin.config.intermediate_size} & {size, size // 2}
 
 
 def test_a_plan_is_frozen() -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from exporter.bisect_stages import plan_of, rebuild
 from exporter.compile import build_graph, expected_nodes
 from exporter.frontends import transformers_frontend
 from exporter.plan import make_plan
 from graph_passes.prove import TOLERANCES
 from reference.config import ModelConfig
+from runtime.bundle import read_bundle
+from tests.support.bundles import exported
 
 CONFIGS = Path(__file__).parents[1] / "support" / "configs"
 
@@ -63,3 +66,15 @@ def test_only_large_mixtures_have_a_twin() -> None:
     assert replace(twin, config=full) == plans["Mixtral-8x7B"]
     others = {twin.config.num_heads, twin.config.num_kv_heads, twin.config.head_dim, twin.config.vocab_size}
     assert len({twin.config.hidden_size, twin.config.intermediate_size} - others) == 2
+
+
+def test_bisect_matches_large_experts_on_their_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transformers' region holds its sizes, so that what is too large to be run has no other way to a node."""
+    large = exported(num_layers=1, architecture="mixtral", frontend="transformers")
+    for module in ("exporter.plan", "graph_passes.ops.moe"):
+        monkeypatch.setattr(f"{module}.MOST_NUMBERS", 5000)
+    opened, bundle = large.opened(), read_bundle(large.bundle)
+    plan = plan_of(bundle, opened)
+    assert plan.twin is not None
+    finished = rebuild(bundle, opened, plan).stages[-1].model
+    assert "MixtureOfExperts" in {node.op_type for node in finished.graph}

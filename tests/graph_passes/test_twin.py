@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from graph_passes.canonical import canonicalise
 from graph_passes.driver import apply, apply_in_step
@@ -14,8 +18,9 @@ from graph_passes.fuse import gqa, moe, moe_gate, rope
 from graph_passes.twin import Twin
 from runtime.errors import ProofError
 from tests.graph_passes.faults import attributes
+from tests.graph_passes.gallery.tracing import trace
 from tests.graph_passes.texts import ATTENTION, EXPERTS, GATE, ROPE
-from tests.support.graphs import canonical, mutate, parse, serialised
+from tests.support.graphs import canonical, mutate, parse, run, serialised
 
 
 def sized(text: str, hidden: int, intermediate: int) -> str:
@@ -62,7 +67,7 @@ def test_both_come_out_as_if_rewritten_alone(text: str, rule: Rule) -> None:
     ("change", "reason"),
     [
         (("sigmoid = Sigmoid (gate_x)", "sigmoid = Tanh (gate_x)"), "Sigmoid 'node_.*' is Tanh"),
-        (("gated = Mul (active, up_x)", "gated = Mul (up_x, active)"), "MatMul .* is Reshape"),
+        (("gated = Mul (active, up_x)", "gated = Mul (up_x, active)"), r"'up_x' has an extent of N and \?active"),
         (("<value_float = 0.0>", "<value_float = 1.0>"), r"constants '\w+' are 0.0 and 1.0"),
         (("ScatterElements <axis = 1>", "ScatterElements <axis = 1, reduction = \"add\">"), "has other attributes"),
         (("keep = Constant <value_ints = [0, -1, 9]>", "keep = Constant <value_ints = [0, -1, 10]>"), "only one .* has a shape|9 stands for 9 elsewhere and for 10"),
@@ -83,6 +88,63 @@ def test_a_model_that_is_not_its_twin_is_refused(change: tuple[str, str], reason
     with pytest.raises(ProofError, match=reason):
         apply_in_step(Twin(twin, model), model, moe.RULE)
     assert serialised(model) == untouched
+
+
+def other_tokens(large: str) -> str:
+    """Gate and up read two values of one shape, where the twin's read one."""
+    return mutate(large, (" x, float[N,2] weight", " x, float[N,7] z, float[N,2] weight"), ("(x, up_t)", "(z, up_t)"))
+
+
+def test_one_value_of_the_twin_is_not_two_of_the_model() -> None:
+    small = sized(EXPERTS, 7, 9)
+    twin, model = canonical(small), canonical(other_tokens(small))
+    with pytest.raises(ProofError, match="'x' is 'x' in one place and 'z' in another"):
+        apply_in_step(Twin(twin, model), model, moe.RULE)
+
+
+def test_another_output_of_one_node_is_another_value() -> None:
+    halves = "first, second = Split <axis = 2, num_outputs = 2> (gated) joined = Concat <axis = 2> (first, second)"
+    text = mutate(EXPERTS, ("out = MatMul (gated", f"{halves} out = MatMul (joined"))
+    twin, model = canonical(text), canonical(mutate(text, ("(first, second)", "(second, first)")))
+    with pytest.raises(ProofError, match="is another output of"):
+        apply_in_step(Twin(twin, model), model, moe.RULE)
+
+
+def test_an_attribute_of_another_length_is_another_attribute() -> None:
+    twin, model = canonical(EXPERTS), canonical(EXPERTS)
+    transpose = next(node for node in model.graph if node.op_type == "Transpose")
+    transpose.attributes["perm"] = ir.AttrInt64s("perm", [1, 0, 2, 3])
+    with pytest.raises(ProofError, match=r"perm of 'node_.*' is "):
+        apply_in_step(Twin(twin, model), model, moe.RULE)
+
+
+def wide_tokens(hidden: int, intermediate: int) -> ir.Model:
+    """Experts that take their tokens [B, T, C] as [N, 1, C]: nothing in the graph is [N, C] but for the router."""
+
+    def program(x: Tensor, router: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        weight, expert = (x.flatten(0, 1) @ router.T).softmax(-1).topk(2)
+        weight = weight / weight.sum(-1, keepdim=True)
+        row = x.reshape(-1, 1, x.shape[2])
+        unit = F.silu(row @ gate[:, None].mT) * (row @ up[:, None].mT) @ down[:, None].mT
+        return torch.einsum("enoc,ne->nc", unit, torch.zeros(row.shape[0], 4).scatter(1, expert, weight))
+
+    stacks = {"gate": (4, intermediate, hidden), "up": (4, intermediate, hidden), "down": (4, hidden, intermediate)}
+    return trace(program, {"x": ("B", "T", hidden), "router": (4, hidden), **stacks}, ["y"])
+
+
+def test_tokens_are_flattened_by_nodes_that_hold_no_size() -> None:
+    twin, model = wide_tokens(12, 10), wide_tokens(20, 28)
+    pair = Twin(twin, model)
+    for rule in (moe_gate.RULE, moe.RULE):
+        fused, refused = apply_in_step(pair, model, rule)
+        assert len(fused) == 1, [str(record) for record in refused]
+    (experts,) = [node for node in model.graph if node.op_type == "MixtureOfExperts"]
+    assert experts.inputs[0] is not None
+    assert list(experts.inputs[0].shape or ())[1] == 20
+    rng = np.random.default_rng(0)
+    shapes = {"x": (2, 3, 20), "router": (4, 20), "gate": (4, 28, 20), "up": (4, 28, 20), "down": (4, 20, 28)}
+    arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    np.testing.assert_allclose(run(model, arrays)["y"], run(wide_tokens(20, 28), arrays)["y"], rtol=1e-5, atol=1e-4)
 
 
 def test_a_fault_is_caught_on_the_twin_and_the_model_left_alone() -> None:

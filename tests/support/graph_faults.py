@@ -33,10 +33,25 @@ def body_with_another_window(model: onnx.ModelProto) -> None:
 
 
 def frequencies(model: onnx.ModelProto) -> None:
-    (constant,) = [c for c in model.graph.initializer if c.name == "rotary.inverse_frequency_d"]
-    constant.CopyFrom(
-        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(constant) * np.float32(1.01), constant.name)
-    )
+    _scale(model, "rotary.inverse_frequency_d", slice(None))
+
+
+def smallest_frequency(model: onnx.ModelProto) -> None:
+    _scale(model, "rotary.inverse_frequency_d", slice(-1, None))
+
+
+def epsilon(model: onnx.ModelProto) -> None:
+    """That of every RMSNorm, 1 % larger."""
+    added = {name for one in model.graph.node if one.op_type == "Add" for name in one.input}
+    (name,) = {c.name for c in model.graph.initializer if not c.dims} & added
+    _scale(model, name, slice(None))
+
+
+def _scale(model: onnx.ModelProto, name: str, which: slice) -> None:
+    (constant,) = [c for c in model.graph.initializer if c.name == name]
+    array = onnx.numpy_helper.to_array(constant).copy()
+    array.reshape(-1)[which] *= np.float32(1.01)
+    constant.CopyFrom(onnx.numpy_helper.from_array(array, constant.name))
 
 
 def one_node_more(model: onnx.ModelProto) -> None:
