@@ -81,8 +81,8 @@ def bisect(bundle: Path, checkpoint: Path | None, out: Path, seed: int, as_json:
 
     Exits 0 when no node does, 1 when one was found, 2 when it could not be run.
     """
-    from exporter.bisect import bisect as run
-    from exporter.bisect_report import render_bisect
+    from exporter.bisect.report import render_bisect
+    from exporter.bisect.search import bisect as run
 
     with progress_bars(quiet=as_json) as progress:
         outcome = run(bundle, checkpoint, out, seed=seed, progress=progress)

@@ -18,10 +18,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-import exporter.bisect_stages
+import exporter.bisect.stages
 import exporter.compile
-from exporter.bisect import bisect
-from exporter.bisect_report import BisectReport, Culprit
+from exporter.bisect.report import BisectReport, Culprit
+from exporter.bisect.search import bisect
 from exporter.stitch import stitch
 from graph_passes.canonical import canonicalise
 from graph_passes.driver_types import Match
@@ -59,7 +59,7 @@ def mixture() -> Exported:
 
 @pytest.fixture(autouse=True)
 def shared_traces() -> Iterator[None]:
-    with mock.patch.object(exporter.bisect_stages, "trace_template", bundles.trace_once), bundles.shared_traces():
+    with mock.patch.object(exporter.bisect.stages, "trace_template", bundles.trace_once), bundles.shared_traces():
         yield
 
 
@@ -236,7 +236,7 @@ def test_a_template_whose_layers_hang_together_only_later(dense: Exported, tmp_p
             raise TraceError("two hidden states")
         return whole(*arguments)
 
-    with mock.patch("exporter.bisect_stages.stitch", late):
+    with mock.patch("exporter.bisect.stages.stitch", late):
         assert bisect(dense.bundle, None, tmp_path / "out").healthy
         calls.clear()
         with planted_pass("rope", interleaved):
@@ -262,7 +262,7 @@ def test_canonicalisation_that_changes_the_function(dense: Exported, tmp_path: P
         difference = next(node for node in model.graph if node.op_type == "Sub")
         difference.replace_input_with(1, difference.inputs[0])
 
-    with mock.patch.object(exporter.bisect_stages, "canonicalise", wrong):
+    with mock.patch.object(exporter.bisect.stages, "canonicalise", wrong):
         report = bisect(dense.bundle, None, tmp_path / "out")
     culprit = culprit_of(report)
     assert (culprit.kind, culprit.stage, culprit.op) == ("tracer", "canonicalise", "Sub")
@@ -278,7 +278,7 @@ def test_a_trace_that_is_not_the_reference(dense: Exported, tmp_path: Path) -> N
             use.node.replace_input_with(use.idx, squared)
         return model
 
-    with mock.patch.object(exporter.bisect_stages, "trace_template", wrong):
+    with mock.patch.object(exporter.bisect.stages, "trace_template", wrong):
         report = bisect(dense.bundle, None, tmp_path / "out")
     culprit = culprit_of(report)
     assert (culprit.kind, culprit.stage) == ("tracer", "trace")

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-import exporter.bisect_stages
+import exporter.bisect.stages
 from exporter.cli import cli
 from tests.support import bundles
 from tests.support.bundles import Exported, exported
@@ -39,7 +39,7 @@ def wrong(right: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def shared_traces() -> Iterator[None]:
-    with mock.patch.object(exporter.bisect_stages, "trace_template", bundles.trace_once):
+    with mock.patch.object(exporter.bisect.stages, "trace_template", bundles.trace_once):
         yield
 
 

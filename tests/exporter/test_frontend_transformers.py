@@ -20,14 +20,14 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-import exporter.transformers_model
+import exporter.frontends.transformers_model
 from exporter import export
 from exporter.cli import cli
 from exporter.frontends import open_frontend, without_ignored
+from exporter.frontends.transformers_graph import flatten_products, our_name
+from exporter.frontends.transformers_model import make_template
 from exporter.plan import ExportPlan, make_plan
 from exporter.trace import INVERSE_FREQUENCIES
-from exporter.transformers_graph import flatten_products, our_name
-from exporter.transformers_model import make_template
 from graph_passes.graph import constant
 from graph_passes.unbound import UnboundWeight, is_unbound
 from reference.checkpoint import open_checkpoint
@@ -253,10 +253,10 @@ def test_without_the_package_the_way_to_install_it_is_said(tmp_path: Path, monke
 def test_a_package_without_the_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint()
     classes = {"mistral": ("MistralConfig", "MistralForNothing")}
-    monkeypatch.setattr(exporter.transformers_model, "MODEL_CLASSES", classes)
+    monkeypatch.setattr(exporter.frontends.transformers_model, "MODEL_CLASSES", classes)
     with pytest.raises(ExportError, match=rf"transformers {transformers.__version__} has no MistralForNothing"):
         make_template(plan_of(source), published(source), "sdpa")
-    monkeypatch.setattr(exporter.transformers_model, "MODEL_CLASSES", {})
+    monkeypatch.setattr(exporter.frontends.transformers_model, "MODEL_CLASSES", {})
     with pytest.raises(ExportError, match="this is mistral"):
         make_template(plan_of(source), published(source), "sdpa")
 

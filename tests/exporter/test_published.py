@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.bisect_stages import plan_of, rebuild
+from exporter.bisect.stages import plan_of, rebuild
 from exporter.compile import build_graph, expected_nodes
 from exporter.frontends import transformers_frontend
 from exporter.plan import make_plan

@@ -70,9 +70,11 @@ def test_both_come_out_as_if_rewritten_alone(text: str, rule: Rule) -> None:
         (("gated = Mul (active, up_x)", "gated = Mul (up_x, active)"), r"'up_x' has an extent of N and \?active"),
         (("<value_float = 0.0>", "<value_float = 1.0>"), r"constants '\w+' are 0.0 and 1.0"),
         (("ScatterElements <axis = 1>", "ScatterElements <axis = 1, reduction = \"add\">"), "has other attributes"),
-        (("keep = Constant <value_ints = [0, -1, 9]>", "keep = Constant <value_ints = [0, -1, 10]>"), "only one .* has a shape|9 stands for 9 elsewhere and for 10"),
+        (("keep = Constant <value_ints = [0, -1, 9]>", "keep = Constant <value_ints = [0, -1, 10]>"),
+         "only one .* has a shape|9 stands for 9 elsewhere and for 10"),
         (("float[N,2] weight", "float[N,3] weight"), "2 stands for 3 elsewhere and for 2"),
-        (("up_x = MatMul (x, up_t)", "up_0 = MatMul (x, up_t) up_x = Neg (up_0)"), "the small twin has 'node_.*' and the model has not"),
+        (("up_x = MatMul (x, up_t)", "up_0 = MatMul (x, up_t) up_x = Neg (up_0)"),
+         "the small twin has 'node_.*' and the model has not"),
     ],
 )  # fmt: skip
 def test_a_model_that_is_not_its_twin_is_refused(change: tuple[str, str], reason: str) -> None:

@@ -28,7 +28,7 @@ EVERYBODY = frozenset({"runtime.errors"})
 # is an optional extra; and what trains the demo's checkpoints and writes them in the customary layout, which is kept as
 # the record of how they were made.
 EXTRA: dict[str, frozenset[str]] = {
-    "exporter/transformers_model.py": frozenset({"transformers"}),
+    "exporter/frontends/transformers_model.py": frozenset({"transformers"}),
     "exporter/demo_data/train.py": frozenset({"transformers"}),
 }
 

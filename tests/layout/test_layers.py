@@ -19,7 +19,7 @@ def test_one_file_that_is_part_of_an_export_imports_the_package_of_the_second_fr
         for item in imports((ROOT / path).read_text(encoding="utf-8"), "")
         if item.module.split(".")[0] == "transformers"
     }
-    assert importing == {"exporter/transformers_model.py", "exporter/demo_data/train.py"}
+    assert importing == {"exporter/frontends/transformers_model.py", "exporter/demo_data/train.py"}
 
 
 def test_the_check_sees_all_four_packages() -> None:
@@ -60,7 +60,7 @@ def test_the_check_finds(path: str, source: str) -> None:
         ("runtime/backends/base.py", "def f():\n    import onnxruntime"),
         ("exporter/export.py", "import runtime, reference.model, graph_passes.pipeline, click"),
         ("exporter/demo_data/train.py", "import transformers"),
-        ("exporter/transformers_model.py", "def f():\n    import transformers"),
+        ("exporter/frontends/transformers_model.py", "def f():\n    import transformers"),
     ],
 )
 def test_the_check_lets_pass(path: str, source: str) -> None:

@@ -34,7 +34,7 @@ def test_importing_the_runtime_loads_nothing_that_only_an_export_needs(tmp_path:
 
 def test_importing_the_exporter_does_not_load_the_optional_package(tmp_path: Path) -> None:
     """transformers is an extra: only an export that asks for its models needs it."""
-    code = "import exporter.compile, exporter.transformers_model, json, sys; print(json.dumps(list(sys.modules)))"
+    code = "import exporter.frontends.transformers_model as model, json, sys; print(json.dumps(list(sys.modules)))"
     loaded = json.loads(run_elsewhere(code, tmp_path))
     assert "torch" in loaded
     assert "transformers" not in loaded

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from exporter.bisect_blame import Case, blame, changed_values, layer_of
-from exporter.bisect_local import ROUNDING, LocalComparison, Off, alone, pairs, steps_of
-from exporter.bisect_modules import TemplateFault, module_off, template_fault
-from exporter.bisect_report import BisectReport, Culprit
-from exporter.bisect_stages import WeightDifference, bound, differing_weights, plan_of, rebuild
-from exporter.bisect_write import write_culprit
+from exporter.bisect.blame import Case, blame, changed_values, layer_of
+from exporter.bisect.local import ROUNDING, LocalComparison, Off, alone, pairs, steps_of
+from exporter.bisect.modules import TemplateFault, module_off, template_fault
+from exporter.bisect.report import BisectReport, Culprit
+from exporter.bisect.stages import WeightDifference, bound, differing_weights, plan_of, rebuild
+from exporter.bisect.write import write_culprit
 from exporter.layer_parity import compare_graph
 from exporter.layer_report import LayerReport
 from exporter.parity_tools import require_polygraphy

@@ -30,7 +30,7 @@ from graph_passes.unbound import UnboundWeight, is_unbound
 from runtime.errors import TraceError
 
 _DECODER = "decoder"
-"""The name of the traced model within `exporter.transformers_step.TransformersStep`."""
+"""The name of the traced model within `exporter.frontends.transformers_step.TransformersStep`."""
 
 _N = "B*T"
 _SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"

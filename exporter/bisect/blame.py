@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporter.bisect_local import GOT, LocalComparison, Off, pairs, path_of
-from exporter.bisect_report import Culprit
-from exporter.bisect_stages import Rebuilt, Stage, WeightDifference, bound
+from exporter.bisect.local import GOT, LocalComparison, Off, pairs, path_of
+from exporter.bisect.report import Culprit
+from exporter.bisect.stages import Rebuilt, Stage, WeightDifference, bound
 from graph_passes.graph import constant
 from reference.checkpoint import Checkpoint
 

@@ -66,7 +66,7 @@ def open_frontend(
                 "'reference' has one of its own. Leave it out, or choose the front end 'transformers'."
             )
         return REFERENCE
-    from exporter.transformers_model import import_transformers
+    from exporter.frontends.transformers_model import import_transformers
 
     import_transformers()
     published = json.loads((checkpoint.path / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -95,9 +95,9 @@ def trace(plan: ExportPlan, frontend: Frontend) -> ir.Model:
 
 
 def _trace_transformers(plan: ExportPlan, published: Mapping[str, Any], attention: str) -> ir.Model:
-    from exporter.transformers_graph import flatten_products, rename, split_gate_and_up
-    from exporter.transformers_model import make_template
-    from exporter.transformers_step import TransformersStep
+    from exporter.frontends.transformers_graph import flatten_products, rename, split_gate_and_up
+    from exporter.frontends.transformers_model import make_template
+    from exporter.frontends.transformers_step import TransformersStep
 
     template = make_template(plan, published, attention)
     step = TransformersStep(

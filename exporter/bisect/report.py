@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from exporter.bisect_stages import WeightDifference
+from exporter.bisect.stages import WeightDifference
 
 if TYPE_CHECKING:
     from rich.console import Console

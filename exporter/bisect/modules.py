@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from exporter.bisect_local import LocalComparison, Off, pairs
-from exporter.bisect_stages import Rebuilt, template_weights
+from exporter.bisect.local import LocalComparison, Off, pairs
+from exporter.bisect.stages import Rebuilt, template_weights
 from exporter.layer_report import ModuleParity
 from exporter.taps import RollingTaps, modules_of
 from exporter.trace import past_names, present_names

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from exporter.bisect_report import BisectReport
+from exporter.bisect.report import BisectReport
 from exporter.parity_tools import quiet_polygraphy
 from exporter.save import bundle_folder
 
