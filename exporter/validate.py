@@ -105,8 +105,8 @@ def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint
     path = checkpoint if checkpoint is not None else recorded
     if path is None or (checkpoint is None and not Path(str(path)).is_dir()):
         raise CheckpointError(
-            f"The bundle was made from {recorded}, which is not there. Name the checkpoint: "
-            "cierzo validate BUNDLE CHECKPOINT."
+            f"The bundle was made from {recorded}, which is not there. Name the checkpoint "
+            "as the second argument, after the bundle."
         )
     options = session.manifest.provenance.get("options", {})
     ignored = options.get("ignore_config_keys", ()) if isinstance(options, dict) else ()

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graph_passes.fuse.activation import activation_between
 from graph_passes.fuse.moe_region import FUNCTIONS, Area
+from graph_passes.fuse.walk import cone
 from graph_passes.graph import Refusal, constant, dims, scalar
 
 _ELEMENTWISE = FUNCTIONS | {"Mul", "Add", "Sub", "Div", "Neg", "Where", "Sum"}
@@ -83,22 +84,7 @@ def _related(node: ir.Node) -> bool:
     left, right = node.inputs[0], node.inputs[1]
     if left is right or scalar(left) is not None or scalar(right) is not None:
         return True
-    return left is not None and right is not None and bool(_elementwise_roots(left) & _elementwise_roots(right))
-
-
-def _elementwise_roots(value: ir.Value) -> set[ir.Value]:
-    roots, front, seen = set[ir.Value](), [value], set[ir.Value]()
-    while front:
-        current = front.pop()
-        if current in seen or constant(current) is not None:
-            continue
-        seen.add(current)
-        node = current.producer()
-        if node is None or node.op_type not in _ELEMENTWISE:
-            roots.add(current)
-        else:
-            front.extend(v for v in node.inputs if v is not None)
-    return roots
+    return left is not None and right is not None and bool(_roots(left) & _roots(right))
 
 
 def _active(source: ir.Value, inside: set[ir.Node]) -> ir.Value:
@@ -145,3 +131,8 @@ def _matrices_behind(source: ir.Value, area: Area) -> set[ir.Value]:
         if node is not None and node in area.nodes:
             front.extend(v for v in node.inputs if v is not None)
     return found
+
+
+def _roots(value: ir.Value) -> set[ir.Value]:
+    """What `value` is an elementwise function of."""
+    return set(cone(value, _ELEMENTWISE).ends)

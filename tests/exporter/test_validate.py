@@ -127,7 +127,7 @@ def test_a_checkpoint_that_is_gone_is_named(bundle: Path, tmp_path: Path) -> Non
     manifest = json.loads((moved / "manifest.json").read_text())
     manifest["provenance"]["checkpoint"] = str(tmp_path / "gone")
     (moved / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"which is not there.*cierzo validate BUNDLE CHECKPOINT"):
+    with pytest.raises(CheckpointError, match=r"which is not there. Name the checkpoint as the second argument"):
         validate(moved)
 
 
