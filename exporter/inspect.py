@@ -246,7 +246,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> InspectReport:
 
     from reference.weights import bind, unused_reason
 
-    used = {piece for source in bind(checkpoint).values() for piece in source.pieces}
+    used = {piece.tensor for source in bind(checkpoint).values() for piece in source.pieces}
     entries = checkpoint.tensors.values()
     dtypes = [entry.dtype for entry in entries]
     stored = StoredTensors(

@@ -17,7 +17,7 @@ import torch
 
 from graph_passes.unbound import UnboundWeight
 from reference.checkpoint import Checkpoint
-from reference.weights import WeightSource
+from reference.weight_source import WeightSource, half_split_order
 from runtime.errors import CheckpointError, TraceError
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -86,18 +86,30 @@ def _header(sources: Mapping[str, WeightSource]) -> tuple[bytes, dict[str, tuple
 
 def _blocks(checkpoint: Checkpoint, source: WeightSource) -> Iterator[torch.Tensor]:
     """The parameter's elements in order, float32, a slice at a time."""
+    if source.pairs_of_head is not None:
+        yield from _reordered(checkpoint, source, source.pairs_of_head)
+        return
     for piece in source.pieces:
-        stored = checkpoint.read(piece)
-        # Rows are cut out of each expert's matrix; without rows the tensor is one run of elements.
-        parts = stored.unbind(0) if source.rows is not None and stored.dim() > 2 else (stored,)
-        for part in parts:
-            rows = part[source.rows[0] : source.rows[1]] if source.rows is not None else part
-            flat = rows.reshape(-1)
-            for start in range(0, flat.numel(), _SLICE):
-                block = flat[start : start + _SLICE].to(torch.float32)
-                if not bool(block.isfinite().all()):
-                    raise CheckpointError(_not_finite(checkpoint, piece))
-                yield block
+        flat = checkpoint.read(piece.tensor).view(-1)[piece.begin : piece.end]
+        for start in range(0, flat.numel(), _SLICE):
+            yield _finite(checkpoint, piece.tensor, flat[start : start + _SLICE].to(torch.float32))
+
+
+def _reordered(checkpoint: Checkpoint, source: WeightSource, head_dim: int) -> Iterator[torch.Tensor]:
+    """As `_blocks`, some heads at a time, each with its rows in Hugging Face's order."""
+    (piece,) = source.pieces
+    rows = checkpoint.read(piece.tensor).view(source.shape)
+    at_once = max(1, _SLICE // (head_dim * source.shape[1])) * head_dim
+    for start in range(0, source.shape[0], at_once):
+        block = rows[start : start + at_once]
+        order = torch.tensor(half_split_order(block.shape[0], head_dim))
+        yield _finite(checkpoint, piece.tensor, block[order].to(torch.float32).view(-1))
+
+
+def _finite(checkpoint: Checkpoint, tensor: str, block: torch.Tensor) -> torch.Tensor:
+    if not bool(block.isfinite().all()):
+        raise CheckpointError(_not_finite(checkpoint, tensor))
+    return block
 
 
 def _not_finite(checkpoint: Checkpoint, piece: str) -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+HUGGING_FACE, NATIVE = "huggingface", "native"
+LAYOUTS = (HUGGING_FACE, NATIVE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -34,12 +36,16 @@ class Checkpoint:
 
     tensors: every tensor of the safetensors files by its name in the file, sorted by name.
     tokenizer_files: those of TOKENIZER_FILES that the folder has.
+    layout: one of LAYOUTS, which decides the names of the tensors.
+    config_file: what `config` was read from, config.json or params.json.
     """
 
     path: Path
     config: ModelConfig
     tensors: Mapping[str, TensorEntry]
     tokenizer_files: tuple[Path, ...]
+    layout: str
+    config_file: Path
     # A file stays mapped while any tensor read from it is alive: its pages count as this process's memory until then.
     _mapped: WeakValueDictionary[Path, mmap.mmap] = field(
         default_factory=WeakValueDictionary, init=False, repr=False, compare=False
@@ -106,6 +112,8 @@ def open_checkpoint(path: str | Path, *, ignore_config_keys: Collection[str] = (
         config=config,
         tensors=MappingProxyType(dict(sorted(tensors.items()))),
         tokenizer_files=tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()),
+        layout=HUGGING_FACE,
+        config_file=folder / CONFIG_FILE,
     )
 
 

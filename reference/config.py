@@ -21,7 +21,7 @@ from reference.config_reader import ConfigReader, refuse
 from reference.rope_config import RopeConfig, read_rope
 from runtime.errors import ConfigError
 
-__all__ = ["ARCHITECTURES", "DTYPES", "SUPPORTED_ACTIVATIONS", "MoEConfig", "ModelConfig", "RopeConfig"]
+__all__ = ["ARCHITECTURES", "DTYPES", "SUPPORTED_ACTIVATIONS", "MoEConfig", "ModelConfig", "QueryScaling", "RopeConfig"]
 
 ARCHITECTURES = ("mistral", "mixtral", "ministral")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -46,6 +46,14 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryScaling:
+    """Queries at position p are multiplied by 1 + beta · ln(1 + floor(p / length)) (Llama 4; Ministral 3)."""
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Everything that decides the function which the weights parametrise; contradictions raise ConfigError.
 
@@ -56,6 +64,11 @@ class ModelConfig:
     moe: present exactly for mixtral. tie_word_embeddings: the output projection is the embedding matrix.
     dtype: one of DTYPES, the type that config.json gives the weights; the tensors say for themselves what they are.
     eos_token_ids: ids that end a text; may be empty.
+    qkv_bias, output_bias, mlp_bias: whether the projections of queries, keys and values, the attention's output
+        projection, and those of the feed-forward layer add a bias.
+    qk_norm: queries and keys of each head pass an RMSNorm over D, with norm_eps, before they are rotated.
+    query_scaling: factor on rotated queries that grows with the position, or None.
+    position_limit: positions from here on are not the same function for every engine, so none may run there; or None.
     """
 
     architecture: str
@@ -76,6 +89,12 @@ class ModelConfig:
     dtype: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    query_scaling: QueryScaling | None = None
+    position_limit: int | None = None
 
     def __post_init__(self) -> None:
         _require(

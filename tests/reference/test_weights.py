@@ -98,7 +98,7 @@ def test_shapes_of_the_sources(tmp_path: Path) -> None:
         for name, source in bind(checkpoint).items():
             assert source.parameter == name
             assert load_parameter(checkpoint, source, torch.float32).shape == source.shape
-            assert all(checkpoint.tensors[piece].shape == source.piece_shape for piece in source.pieces)
+            assert all(checkpoint.tensors[piece.tensor].shape == piece.tensor_shape for piece in source.pieces)
 
 
 def test_a_tied_head_may_be_stored_too_or_alone(tmp_path: Path) -> None:
