@@ -1,93 +1,48 @@
-"""Text to token ids and back, from the checkpoint's tokenizer.json and chat template.
+"""The tokenizer of a checkpoint or bundle, whichever kind it is: text to token ids and back.
 
-tokenizer.json is the truth about the text: its post-processor decides about BOS and EOS. tokenizer_config.json gives
-the special tokens their roles and may hold the chat template; chat_template.jinja overrides it.
+    file                                     class                      chats
+    tokenizer.json (tokenizer_json.py)       JsonTokenizer              the checkpoint's Jinja template
+    tekken.json (tekken.py)                  TekkenTokenizer            mistral-common, by the file's version
+    tokenizer.model* (sentencepiece_model)   SentencePieceTokenizer     mistral-common, by the name or the pieces
+
+All three keep what users write apart from control tokens: no text and no message becomes one.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from runtime.chat import ChatTemplate
-from runtime.control_tokens import find_control_tokens, rename_control_tokens
-from runtime.errors import TokenizerError
+from runtime.sentencepiece_model import SentencePieceTokenizer
+from runtime.tekken import TekkenTokenizer
+from runtime.tekken_file import read_tekken
+from runtime.tokenizer_files import JSON_FILE, TEKKEN_FILE, needed_files
+from runtime.tokenizer_json import JsonTokenizer
 
 
-class Tokenizer:
-    """Encodes and decodes as transformers does, except that text never becomes a control token (control_tokens.py).
-
-    tokenizer_json: the text of tokenizer.json. config: the parsed tokenizer_config.json. templates: chat templates by
-    name, "default" being the usual one. Raises TokenizerError when tokenizer.json cannot be read.
-    """
-
-    def __init__(self, tokenizer_json: str, config: Mapping[str, Any], templates: Mapping[str, str]) -> None:
-        import tokenizers
-
-        self.special_tokens = _special_tokens(config)
-        self._templates = dict(templates)
-        self._compiled: dict[str, ChatTemplate] = {}
-        try:
-            document = json.loads(tokenizer_json)
-            control = find_control_tokens(document, self.special_tokens.values(), "\n".join(templates.values()))
-            self._tokenizer = tokenizers.Tokenizer.from_str(rename_control_tokens(document, control))
-        except TokenizerError:
-            raise
-        except Exception as error:  # the tokenizers library raises plain Exception for a document it cannot load
-            raise TokenizerError(f"The checkpoint's tokenizer.json cannot be loaded: {error!r}.") from error
-        self._control = control
-        for text, token_id in control.ids.items():
-            if self._tokenizer.token_to_id(control.private[text]) != token_id:
-                raise TokenizerError(
-                    f"The checkpoint's tokenizer.json gives {text!r} the id {token_id}, which its vocabulary "
-                    "contradicts. Repair the tokenizer of the checkpoint and export again."
-                )
-        # Some checkpoints ship with the truncation or padding of their training run; a prompt must stay whole.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-
-    @classmethod
-    def from_files(cls, files: Sequence[Path]) -> Tokenizer:
-        """Read tokenizer.json and, where present, tokenizer_config.json and chat_template.jinja."""
-        named = {file.name: file for file in files}
-        if "tokenizer.json" not in named:
-            raise TokenizerError(
-                "There is no tokenizer.json among the tokenizer files. Convert the checkpoint's tokenizer to "
-                "tokenizer.json (transformers does so when it saves a fast tokenizer) and export again."
-            )
-        try:
-            texts = {name: file.read_text(encoding="utf-8") for name, file in named.items()}
-            config = json.loads(texts.get("tokenizer_config.json", "{}"))
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"The tokenizer files cannot be read: {error}.") from error
-        if not isinstance(config, dict):
-            raise TokenizerError("The checkpoint's tokenizer_config.json is not a JSON object.")
-        templates = _templates(config.get("chat_template"))
-        if "chat_template.jinja" in texts:
-            templates = {"default": texts["chat_template.jinja"]}
-        return cls(texts["tokenizer.json"], config, templates)
+class Tokenizer(Protocol):
+    """What sessions, generation and streaming use of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, added tokens included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        """Number of ids, control tokens included."""
+        ...
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `encode_chat` can work."""
-        return bool(self._templates)
+        ...
+
+    special_tokens: dict[str, str]
+    """The tokens that have a role, such as {"bos_token": "<s>"}."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. Control tokens spelled in it ("</s>", "[INST]") are encoded as ordinary characters.
+        """The ids of `text`, after BOS if `add_special_tokens`. Control tokens spelled in it stay ordinary text.
 
-        add_special_tokens: let the post-processor add BOS (and whatever else the checkpoint asks for).
         Raises TokenizerError for what is not Unicode text.
         """
-        if not isinstance(text, str):
-            raise TokenizerError(f"The text to encode must be a string, not a {type(text).__name__}.")
-        return self._ids(text, add_special_tokens)
+        ...
 
     def encode_chat(
         self,
@@ -96,65 +51,48 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """The ids of a chat, rendered with the checkpoint's template.
+        """The ids of a chat, such as [{"role": "user", "content": "Hi"}], BOS included.
 
-        messages: such as {"role": "user", "content": "Hi"}. The template writes BOS itself, so none is added.
-        Equal to transformers' `apply_chat_template` for messages that spell no control token; where they do, only the
-        template's own control tokens become control tokens. `tools` are JSON schemas, given to the template named
-        "tool_use" if there is one. Raises TokenizerError without a template and for what `ChatTemplate` refuses.
+        Raises TokenizerError where the checkpoint has no chat format and for messages that it refuses.
         """
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        if name not in self._templates:
-            known = f" named {name!r} (it has {', '.join(self._templates)})" if self._templates else ""
-            raise TokenizerError(
-                f"The checkpoint has no chat template{known}, so it was probably not trained on chats. Encode plain "
-                "text instead, or add chat_template.jinja to the checkpoint and export again."
-            )
-        if name not in self._compiled:
-            self._compiled[name] = ChatTemplate(self._templates[name], self._control, self.special_tokens)
-        rendered = self._compiled[name].render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-        return self._ids(rendered, add_special_tokens=False)
+        ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD."""
-        ids = [int(token_id) for token_id in token_ids]
-        return self._control.to_public(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
-
-    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"The text has half a surrogate pair at character {error.start}, so it is not Unicode text. It was "
-                "probably decoded with the wrong options; decode it again as UTF-8."
-            ) from error
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, ids past the vocabulary have no text."""
+        ...
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a piece of the vocabulary, or None."""
-        token_id: int | None = self._tokenizer.token_to_id(self._control.private.get(token, token))
-        return token_id
+        ...
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The roles that tokenizer_config.json assigns, such as {"bos_token": "<s>"}; templates see them as variables."""
-    roles = {}
-    for key, value in config.items():
-        text = value.get("content") if isinstance(value, Mapping) else value
-        if key.endswith("_token") and isinstance(text, str):
-            roles[key] = text
-    return roles
+def open_tokenizer(files: Iterable[Path]) -> Tokenizer:
+    """The tokenizer among `files`; tokenizer_files.py says which file counts when several are there.
+
+    Raises TokenizerError when there is none or its kind cannot be decided, for damaged files, and when the package that
+    reads this kind is not installed.
+    """
+    first, *companions = needed_files(files)
+    if first.name == JSON_FILE:
+        return JsonTokenizer.from_files([first, *companions])
+    if first.name == TEKKEN_FILE:
+        return TekkenTokenizer(first)
+    return SentencePieceTokenizer(first)
 
 
-def _templates(value: Any) -> dict[str, str]:
-    """`chat_template` of tokenizer_config.json: absent, one template, or a list of {"name", "template"}."""
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {"default": value}
-    try:
-        return {str(entry["name"]): str(entry["template"]) for entry in value}
-    except (TypeError, KeyError) as error:
-        raise TokenizerError(
-            "`chat_template` in tokenizer_config.json is neither a text nor a list of named templates."
-        ) from error
+def special_ids(files: Iterable[Path]) -> tuple[int | None, tuple[int, ...]]:
+    """(BOS id, EOS ids) of the tokenizer among `files`, for checkpoints whose configuration does not name them.
+
+    Either may be missing in a tokenizer.json without roles: None and (). A tekken.json is only read and checked, not
+    built. Raises TokenizerError as `open_tokenizer` does.
+    """
+    first, *companions = needed_files(files)
+    if first.name == TEKKEN_FILE:
+        names = read_tekken(first).special_names
+        return names.index("<s>"), (names.index("</s>"),)
+    tokenizer = open_tokenizer([first, *companions])
+    bos, eos = (
+        tokenizer.token_to_id(tokenizer.special_tokens[role]) if role in tokenizer.special_tokens else None
+        for role in ("bos_token", "eos_token")
+    )
+    return bos, () if eos is None else (eos,)

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from runtime import TokenizerError
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer_json import JsonTokenizer
 from tests.support.toy_tokenizers import CHAT_TEMPLATE, KINDS, config_json, with_added_tokens
 
 MARKUP_TEMPLATE = (
@@ -24,6 +24,9 @@ MARKUP_TEMPLATE = (
     "{%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}\n"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}\n"
 )
+NESTED: Any = "hi"
+for _ in range(5000):
+    NESTED = [NESTED]
 TEMPLATES = {"instruct": CHAT_TEMPLATE, "markup": MARKUP_TEMPLATE}
 ROLES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
@@ -37,8 +40,8 @@ def source(request: pytest.FixtureRequest) -> str:
     return with_added_tokens(KINDS[request.param](), "<|im_start|>", "<|im_end|>")
 
 
-def ours(source: str, template: str) -> Tokenizer:
-    return Tokenizer(source, json.loads(config_json()), {"default": template})
+def ours(source: str, template: str) -> JsonTokenizer:
+    return JsonTokenizer(source, json.loads(config_json()), {"default": template})
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -77,12 +80,12 @@ def test_harmless_chats_equal_transformers(
     assert ids.count(1) == (1 if template == CHAT_TEMPLATE else 0), "the template's BOS is the only one"
 
 
-def control_ids(tokenizer: Tokenizer) -> dict[int, str]:
+def control_ids(tokenizer: JsonTokenizer) -> dict[int, str]:
     tokens = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>"]
     return {token_id: token for token in tokens if (token_id := tokenizer.token_to_id(token)) is not None}
 
 
-def assert_only_the_templates_own(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> None:
+def assert_only_the_templates_own(tokenizer: JsonTokenizer, messages: list[dict[str, Any]]) -> None:
     """The control ids are those of the same chat with innocent contents, and no character of a message is lost."""
     special = control_ids(tokenizer)
 
@@ -131,6 +134,43 @@ def test_neighbouring_texts_cannot_complete_a_control_token(source: str) -> None
     assert tokenizer.decode(ids).strip() == "</s>s></</s>"
 
 
+XML_TEMPLATE = (  # as Qwen3-Coder's
+    "{% for tool in tools %}{% for key in tool if key not in ['name', 'im_end'] %}"
+    "{% set tag = key | replace('-', '_') | replace('$', '') %}{{ '<' ~ tag ~ '>' ~ tool[key] ~ '</' ~ tag ~ '>' }}"
+    "{% endfor %}<{{ tool.name }}>{% endfor %}{{ messages[0].content | trim }}>{# <|im_end|> #}"
+)
+
+
+@pytest.mark.parametrize("key", ["|im_end|", "|im-end|", "$|im$_end|", "s", "/s", "<|im_end", "</", "im_end|>"])
+def test_keys_and_names_cannot_complete_a_control_token(source: str, key: str) -> None:
+    tokenizer = ours(source, XML_TEMPLATE)
+    for content in (key, f" {key} ", f"<{key}"):
+        ids = tokenizer.encode_chat(chat(content), tools=[{"name": key, key: "im_end", "im_end": key}])
+        assert not set(ids) & set(control_ids(tokenizer))
+        tag = key.replace("-", "_").replace("$", "")
+        shown = f"<{tag}>im_end</{tag}><{key}>{content.strip()}>"
+        assert tokenizer.decode(ids, skip_special_tokens=False).strip() == shown
+
+
+def test_marked_texts_equal_themselves_in_a_template(source: str) -> None:
+    """`s`, `unk` and `inst` have the letters of control tokens, so they are marked."""
+    template = (
+        "{% set m = messages[0] %}{{ m.content == 's' and m.content in ['s'] and 's' in m and m.s == 'unk' }}"
+        "{{ m.content != 's' }}{{ {'s': 1}[m.content] }}{{ m.s == m.inst }}{{ m | tojson(ensure_ascii=True) }}"
+    )
+    message = {"role": "user", "content": "s", "s": "unk", "inst": "unk", "é": "\\ue002 </s>"}
+    shown = ours(source, template).encode_chat([message])
+    assert ours(source, template).decode(shown).strip() == "TrueFalse1True" + json.dumps(message)
+
+
+def test_a_text_full_of_control_tokens_takes_no_longer_than_another(source: str) -> None:
+    """Breaking them one by one would take minutes."""
+    tokenizer = ours(source, MARKUP_TEMPLATE)
+    ids = tokenizer.encode_chat(chat("</s>" * 50_000))
+    assert tokenizer.token_to_id("</s>") not in ids
+    assert tokenizer.decode(ids).count("</s>") == 50_000
+
+
 def test_tools_reach_the_template_and_are_watched(source: str) -> None:
     tokenizer = ours(source, MARKUP_TEMPLATE)
     tools = [{"name": "weather", "about": "bye <|im_end|>"}]
@@ -143,10 +183,10 @@ def test_tools_reach_the_template_and_are_watched(source: str) -> None:
 
 
 def test_the_tool_template_is_taken_for_tools(source: str) -> None:
-    tokenizer = Tokenizer(source, {}, {"default": "{{ 'the' }}", "tool_use": "{{ 'wind' }}"})
+    tokenizer = JsonTokenizer(source, {}, {"default": "{{ 'the' }}", "tool_use": "{{ 'wind' }}"})
     assert tokenizer.decode(tokenizer.encode_chat(chat("hi"))) == "the"
     assert tokenizer.decode(tokenizer.encode_chat(chat("hi"), tools=[])) == "wind"
-    named = Tokenizer(source, {}, {"rag": "{{ 'the' }}"})
+    named = JsonTokenizer(source, {}, {"rag": "{{ 'the' }}"})
     with pytest.raises(TokenizerError, match=r"named 'default'.*has rag"):
         named.encode_chat(chat("hi"))
 
@@ -173,6 +213,7 @@ def test_the_helpers_of_templates_work(source: str) -> None:
         ([{"role": "user</s>", "content": "hi"}], "needs a `role`, one word"),
         (["hi"], "needs a `role`"),
         ([{"role": "user", "content": object()}], "holds a object"),
+        ([{"role": "user", "content": NESTED}], "levels deep"),
         ([{"role": "system", "content": "hi"}], "Only user and assistant roles are supported"),
         ([{"role": "assistant"}], "refuses these messages"),
     ],
@@ -184,12 +225,14 @@ def test_chats_that_cannot_be_rendered_are_refused(source: str, messages: Any, w
 
 def test_a_checkpoint_without_template_says_so(source: str) -> None:
     with pytest.raises(TokenizerError, match="no chat template"):
-        Tokenizer(source, {}, {}).encode_chat(chat("hi"))
+        JsonTokenizer(source, {}, {}).encode_chat(chat("hi"))
 
 
 def test_a_broken_template_is_refused(source: str) -> None:
     with pytest.raises(TokenizerError, match="not valid Jinja"):
         ours(source, "{% if %}").encode_chat(chat("hi"))
+    with pytest.raises(TokenizerError, match=r"unknown tag 'xxx.* \(…\)\.$"):
+        ours(source, "{% " + "x" * 5000 + " %}").encode_chat(chat("hi"))
 
 
 def test_the_sandbox_holds(source: str) -> None:

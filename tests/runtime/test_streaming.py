@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 
 import pytest
 
 from runtime.streaming import REPLACEMENT, IncrementalDetokenizer, StopStringFilter, TextStreamer
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer_json import JsonTokenizer
 from tests.support.toy_tokenizers import KINDS, config_json
 
 TEXTS = [
@@ -23,11 +24,11 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return Tokenizer(KINDS[request.param](), json.loads(config_json()), {})
+def tokenizer(request: pytest.FixtureRequest) -> JsonTokenizer:
+    return JsonTokenizer(KINDS[request.param](), json.loads(config_json()), {})
 
 
-def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
+def byte_ids(tokenizer: JsonTokenizer, data: bytes) -> list[int]:
     """One id per byte, in either kind of vocabulary."""
     ids = []
     for byte in data:
@@ -49,7 +50,7 @@ BYTE_LEVEL = _byte_level_alphabet()
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer: Tokenizer, text: str) -> None:
+def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer: JsonTokenizer, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     stream = IncrementalDetokenizer(tokenizer)
     pieces = [stream.push(token_id) for token_id in ids]
@@ -58,7 +59,7 @@ def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer: Toke
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_every_prefix_is_a_prefix_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+def test_every_prefix_is_a_prefix_of_the_text(tokenizer: JsonTokenizer, text: str) -> None:
     data = text.encode()
     stream = IncrementalDetokenizer(tokenizer)
     shown = ""
@@ -70,14 +71,14 @@ def test_every_prefix_is_a_prefix_of_the_text(tokenizer: Tokenizer, text: str) -
     assert stream.flush() == ""
 
 
-def test_a_continued_text_keeps_its_first_space(tokenizer: Tokenizer) -> None:
+def test_a_continued_text_keeps_its_first_space(tokenizer: JsonTokenizer) -> None:
     whole = tokenizer.encode("the wind of the valley")
     stream = IncrementalDetokenizer(tokenizer, whole[:2])
     rest = "".join(stream.push(token_id) for token_id in whole[2:]) + stream.flush()
     assert tokenizer.decode(whole[:2]) + rest == "the wind of the valley"
 
 
-def test_special_tokens_are_silent(tokenizer: Tokenizer) -> None:
+def test_special_tokens_are_silent(tokenizer: JsonTokenizer) -> None:
     ids = tokenizer.encode("the wind")
     end = tokenizer.token_to_id("</s>")
     assert end is not None
@@ -85,7 +86,7 @@ def test_special_tokens_are_silent(tokenizer: Tokenizer) -> None:
     assert "".join(stream.push(token_id) for token_id in [*ids, end, *ids[1:]]) == tokenizer.decode([*ids, *ids[1:]])
 
 
-def test_broken_bytes_do_not_swallow_what_follows(tokenizer: Tokenizer) -> None:
+def test_broken_bytes_do_not_swallow_what_follows(tokenizer: JsonTokenizer) -> None:
     data = "日".encode() + b"\xff" + "本".encode() + b"\xf0\x9f" + b"x"
     stream = IncrementalDetokenizer(tokenizer)
     shown = "".join(stream.push(token_id) for token_id in byte_ids(tokenizer, data)) + stream.flush()
@@ -93,7 +94,7 @@ def test_broken_bytes_do_not_swallow_what_follows(tokenizer: Tokenizer) -> None:
     assert shown.startswith("日" + REPLACEMENT + "本" + REPLACEMENT)
 
 
-def test_endless_broken_bytes_are_let_go(tokenizer: Tokenizer) -> None:
+def test_endless_broken_bytes_are_let_go(tokenizer: JsonTokenizer) -> None:
     stream = IncrementalDetokenizer(tokenizer)
     shown = "".join(stream.push(token_id) for token_id in byte_ids(tokenizer, b"\xff" * 50))
     assert len(shown) >= 46
@@ -101,7 +102,7 @@ def test_endless_broken_bytes_are_let_go(tokenizer: Tokenizer) -> None:
     assert shown + stream.flush() == REPLACEMENT * 50
 
 
-def test_a_character_cut_off_by_the_end_shows_at_flush(tokenizer: Tokenizer) -> None:
+def test_a_character_cut_off_by_the_end_shows_at_flush(tokenizer: JsonTokenizer) -> None:
     stream = IncrementalDetokenizer(tokenizer)
     assert [stream.push(token_id) for token_id in byte_ids(tokenizer, b"a\xf0\x9f")] == ["a", "", ""]
     assert set(stream.flush()) == {REPLACEMENT}
@@ -164,7 +165,7 @@ def test_borders_make_no_difference() -> None:
             assert (shown, stopped_by) == (text, None)
 
 
-def test_text_and_stops_together(tokenizer: Tokenizer) -> None:
+def test_text_and_stops_together(tokenizer: JsonTokenizer) -> None:
     ids = tokenizer.encode("the wind of the valley blows 😀 cold", add_special_tokens=False)
     stream = TextStreamer(tokenizer, [], ["s 😀"])
     shown = ""
@@ -176,3 +177,40 @@ def test_text_and_stops_together(tokenizer: Tokenizer) -> None:
     whole = TextStreamer(tokenizer, [], ["s 😀!"])
     assert "".join(whole.push(token_id) for token_id in ids) + whole.flush() == "the wind of the valley blows 😀 cold"
     assert not whole.stopped
+
+
+def test_many_tokens_without_text_do_not_hide_the_space_behind_them(tokenizer: JsonTokenizer) -> None:
+    words, end = tokenizer.encode("the wind", add_special_tokens=False), tokenizer.token_to_id("</s>")
+    assert end is not None
+    ids = [*words, *[end] * 20, *words]
+    stream = IncrementalDetokenizer(tokenizer)
+    assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
+
+
+class HalfCharacters:
+    """Decodes bytes as a byte-level vocabulary would whose tokens may end amid a character; counts what it decodes."""
+
+    TOKENS = (b" \xd0", b"\xb0", b"\xf0\x9f", b"\x98\x80", b"a\xe2\x82", b"\xac ", b"x")
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        self.decoded += len(token_ids)
+        return b"".join(self.TOKENS[token_id] for token_id in token_ids).decode(errors="replace")
+
+
+def test_characters_that_are_never_completed_do_not_pile_up() -> None:
+    decoder = HalfCharacters()
+    stream = IncrementalDetokenizer(decoder)
+    ids = [0] * 1000 + [1]
+    assert "".join(map(stream.push, ids)) + stream.flush() == " \ufffd" * 999 + " а"
+    assert decoder.decoded < 100 * len(ids)
+
+
+def test_half_characters_in_any_order_are_streamed_as_decoded() -> None:
+    draw, decoder = random.Random(6), HalfCharacters()
+    for _ in range(300):
+        ids = draw.choices(range(7), [9, 1, 1, 1, 9, 1, 1], k=60)
+        stream = IncrementalDetokenizer(decoder)
+        assert "".join(map(stream.push, ids)) + stream.flush() == decoder.decode(ids)
