@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import onnxruntime.capi.onnxruntime_pybind11_state as state
 
-from graph_passes.graph import Refusal, dims, is_made_by
+from graph_passes.graph import Refusal, dims, integer_attribute, is_made_by, operand
 from graph_passes.ops.base import DOMAIN
 from graph_passes.precision import widen
 from graph_passes.unbound import is_unbound
@@ -42,8 +42,9 @@ def run_options() -> onnxruntime.SessionOptions:
 class Region:
     """The nodes between `inputs` and `outputs`, as a model of their own.
 
-    Graph inputs that the nodes ask only for a shape (`Shape(input_ids)`) are fed with zeros of the extents that the
-    symbolic dims of the other inputs imply. With `wide` everything that is float32 in the graph is float64 here.
+    Graph inputs that the nodes ask only for a shape (`Shape(input_ids)`) have the extents that the symbolic dims of the
+    other inputs imply: the shape itself is fed, or else, where more lies between, zeros of that shape. With `wide`
+    everything that is float32 in the graph is float64 here.
     Raises Refusal when the nodes need data from outside `inputs`, or are no graph that can be run on its own.
     """
 
@@ -70,8 +71,11 @@ class Region:
             value.shape = None  # sizes may differ from the traced ones; ONNX Runtime works them out again
         for value in graph.outputs:
             value.shape = None
+        shapes = {value.name for value in self._shape_only if value.producer() is not None}
         for value in graph.inputs:
-            value.shape = ir.Shape([None] * len(value.shape or ()))
+            value.shape = ir.Shape([None] * (1 if value.name in shapes else len(value.shape or ())))
+            if value.name in shapes:
+                value.dtype = ir.DataType.INT64
         functions = [f for f in model.functions.values() if f.domain == DOMAIN]
         piece = ir.Model(graph, ir_version=IR_VERSION, functions=functions)
         if wide:
@@ -93,8 +97,10 @@ class Region:
             _bind_dims(value, array.shape, extents)
         feeds = {str(v.name): self._fed(a) for v, a in zip(self.inputs, arrays, strict=True)}
         for value in self._shape_only:
-            shape = [d if isinstance(d, int) else extents.get(d, 1) for d in dims(value)]
-            feeds[str(value.name)] = self._zeros(value, tuple(shape))
+            asks = value.producer()
+            known = dims(value if asks is None else operand(asks, 0))
+            shape = tuple(d if isinstance(d, int) else extents.get(d, 1) for d in known)
+            feeds[str(value.name)] = self._zeros(value, shape) if asks is None else _asked(asks, shape)
         try:
             return list(self._session.run(None, feeds))
         except _RUN_ERRORS as error:
@@ -120,7 +126,10 @@ def session(model: ir.Model) -> onnxruntime.InferenceSession:
 
 
 def _shape_only_inputs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> list[ir.Value]:
-    """Graph inputs behind `outputs` that are reached past Shape alone."""
+    """Graph inputs behind `outputs` that are reached past Shape alone, or what Shape says of them at once.
+
+    The latter, since a ring of real size is tens of gigabytes, of zeros or not.
+    """
     borders, seen, found = set(inputs), set(), []
     stack = [(value, False) for value in outputs]
     while stack:
@@ -129,15 +138,34 @@ def _shape_only_inputs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) 
             continue
         seen.add((value, through_shape))
         node = value.producer()
-        if node is not None:
+        if (
+            node is not None
+            and is_made_by(value, "Shape")
+            and operand(node, 0) not in borders
+            and _given(node.inputs[0])
+        ):
+            if value not in found:
+                found.append(value)
+        elif node is not None:
             asks_shape = is_made_by(value, "Shape", "Size")
             stack.extend((v, asks_shape) for v in node.inputs if v is not None)
-        elif value.const_value is None or is_unbound(value):
+        elif _given(value):
             if not through_shape:
                 raise Refusal(f"the region also needs the data of {value.name!r}", None)
             if value not in found:
                 found.append(value)
     return found
+
+
+def _given(value: ir.Value | None) -> bool:
+    """Whether `value` comes from outside the graph, or is a weight without data."""
+    return value is not None and value.producer() is None and (value.const_value is None or is_unbound(value))
+
+
+def _asked(node: ir.Node, shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """What a Shape node gives for its input's shape."""
+    end = node.attributes.get("end")
+    return np.array(shape[integer_attribute(node, "start", 0) : None if end is None else end.as_int()], np.int64)
 
 
 def _bind_dims(value: ir.Value, shape: tuple[int, ...], extents: dict[str, int]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from reference.config import ModelConfig
-from reference.norm import at_least_float32
+from reference.norm import RMSNorm, at_least_float32
+from reference.rope import query_factor, rotate
 
 
 def visible_pairs(query_position_BT: Tensor, key_position_BS: Tensor, window: int | None) -> Tensor:
@@ -50,25 +51,44 @@ def attend(query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor, visible_B1T
 
 
 class Attention(nn.Module):
-    """The four projections; what happens between them is the caller's: full context or ring."""
+    """The four projections, and how queries and keys learn their positions.
+
+    What happens between that and the output projection is the caller's: full context or ring.
+    """
 
     def __init__(self, config: ModelConfig, *, device: str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
+        self.query_scaling = config.query_scaling
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False, device=device, dtype=dtype)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False, device=device, dtype=dtype)
+        hidden, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(hidden, query_size, bias=bias, device=device, dtype=dtype)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=bias, device=device, dtype=dtype)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=bias, device=device, dtype=dtype)
+        self.has_norms = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, device=device, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, device=device, dtype=dtype)
+        self.o_proj = nn.Linear(query_size, hidden, bias=config.output_bias, device=device, dtype=dtype)
 
     def project(self, x_NC: Tensor, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, H, T, D], key and value [B, G, T, D] of N = B·T hidden states, before rotation."""
         query, key, value = (
-            linear(x_NC).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
-            for linear in (self.q_proj, self.k_proj, self.v_proj)
+            linear(x_NC).view(batch, tokens, -1, self.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return query, key, value
+        if self.has_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def place(
+        self, query_BHTD: Tensor, key_BGTD: Tensor, position_BT: Tensor, cos_BTd: Tensor, sin_BTd: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys turned by their positions, queries also scaled by them where the model does that."""
+        query_BHTD, key_BGTD = rotate(query_BHTD, cos_BTd, sin_BTd), rotate(key_BGTD, cos_BTd, sin_BTd)
+        if self.query_scaling is not None:
+            query_BHTD = query_BHTD * query_factor(position_BT, self.query_scaling, query_BHTD.dtype)
+        return query_BHTD, key_BGTD
 
     def combine(self, heads_BHTD: Tensor) -> Tensor:
         """Heads side by side through the output projection, [N, C]."""

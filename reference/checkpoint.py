@@ -1,43 +1,70 @@
-"""A Hugging Face checkpoint folder: config.json and safetensors, opened without loading any weights.
+"""Checkpoint folders, opened without loading any weights: a config and safetensors, in either published layout.
 
 Tensors are memory mapped one at a time and only while somebody holds them, so a checkpoint of any size can be read
-with the memory of its largest tensor. Pickled checkpoints (.bin, .pt) are refused: unpickling runs code from the file.
+with the memory of its largest tensor. Pickled checkpoints are refused: unpickling runs code from the file.
+Which files belong together is in `reference.layouts`, and how a hub cache keeps them in `reference.hub_cache`.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fnmatch
 import mmap
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from reference.config import ModelConfig
-from reference.safetensors_header import TensorEntry, read_header
+from reference.hub_cache import require_target, snapshot_of
+from reference.layouts import HUGGING_FACE, LAYOUTS, NATIVE, find_tensors, layout_of
+from reference.messages import some
+from reference.native_config import read_params
+from reference.native_keys import PARAMS_FILE
+from reference.safetensors_header import TensorEntry
 from runtime.errors import CheckpointError, ConfigError
+from runtime.json_files import brief, read_json_object
 
 if TYPE_CHECKING:
     import torch
 
+__all__ = [
+    "CONFIG_FILE",
+    "HUGGING_FACE",
+    "INDEX_FILE",
+    "LAYOUTS",
+    "NATIVE",
+    "SINGLE_FILE",
+    "Checkpoint",
+    "Description",
+    "describe",
+    "open_checkpoint",
+    "read_config",
+    "some",
+    "torch_dtype",
+]
+
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HUGGING_FACE, NATIVE = "huggingface", "native"
-LAYOUTS = (HUGGING_FACE, NATIVE)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tekken.json", "tokenizer.model*")
+"""Patterns of the names of files that say how text becomes tokens; SentencePiece's have versions (.v1 to .v7)."""
+
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """An open checkpoint: what it is, and where its tensors lie.
 
-    tensors: every tensor of the safetensors files by its name in the file, sorted by name.
-    tokenizer_files: those of TOKENIZER_FILES that the folder has.
+    path: the folder with the files, as the user gave it (of a hub cache's `models--org--name`, the snapshot in it).
+    tensors: every tensor of the layout's safetensors files by its name in the file, sorted by name.
+    tokenizer_files: the files in the folder that TOKENIZER_FILES matches, in the order of its patterns.
     layout: one of LAYOUTS, which decides the names of the tensors.
     config_file: what `config` was read from, config.json or params.json.
+    text_only: the model also takes images, and only its language model was asked for.
     """
 
     path: Path
@@ -46,6 +73,7 @@ class Checkpoint:
     tokenizer_files: tuple[Path, ...]
     layout: str
     config_file: Path
+    text_only: bool = False
     # A file stays mapped while any tensor read from it is alive: its pages count as this process's memory until then.
     _mapped: WeakValueDictionary[Path, mmap.mmap] = field(
         default_factory=WeakValueDictionary, init=False, repr=False, compare=False
@@ -77,7 +105,7 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(
-                f"{self.path} has no tensor {name!r}. Its config.json may belong to another model."
+                f"{self.path} has no tensor {name!r}. Its {self.config_file.name} may belong to another model."
             ) from None
 
     def _map(self, entry: TensorEntry) -> mmap.mmap:
@@ -95,41 +123,132 @@ class Checkpoint:
         return mapped
 
 
-def open_checkpoint(path: str | Path, *, ignore_config_keys: Collection[str] = ()) -> Checkpoint:
-    """Open a folder with config.json and model.safetensors, or shards and their model.safetensors.index.json.
+def open_checkpoint(
+    path: str | Path, *, ignore_config_keys: Collection[str] = (), layout: str | None = None, text_only: bool = False
+) -> Checkpoint:
+    """Open a folder with a config and its safetensors, or a hub cache's folder of a model.
 
-    ignore_config_keys: see `ModelConfig.from_hf`.
+    ignore_config_keys: see `ModelConfig.from_hf` and `reference.native_config.read_params`.
+    layout: one of LAYOUTS; None reads a folder that holds both as Hugging Face's. Only its tensors count.
+    text_only: take the language model out of one that reads images as well; nothing changes for any other.
     Raises ConfigError for the config, CheckpointError for missing, damaged, surplus or pickled tensor files.
     """
-    folder = Path(path).expanduser().absolute()
-    if not folder.is_dir():
-        state = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {state}, but a checkpoint is a folder with {CONFIG_FILE} and {SINGLE_FILE}.")
-    config = read_config(folder / CONFIG_FILE, ignore_keys=ignore_config_keys)
-    tensors = _find_tensors(folder)
-    return Checkpoint(
-        path=folder,
-        config=config,
-        tensors=MappingProxyType(dict(sorted(tensors.items()))),
-        tokenizer_files=tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()),
-        layout=HUGGING_FACE,
-        config_file=folder / CONFIG_FILE,
-    )
+    with _readable(path):
+        folder = _folder(Path(path))
+        files = layout_of(folder, layout)
+        config_file = folder / files.config
+        config = read_config(config_file, ignore_keys=ignore_config_keys, text_only=text_only, layout=files.name)
+        tensors = find_tensors(folder, files)
+        if files.name == NATIVE:
+            config = replace(config, dtype=_stored_dtype(tensors) or config.dtype)
+        return Checkpoint(
+            path=folder,
+            config=config,
+            tensors=MappingProxyType(dict(sorted(tensors.items()))),
+            tokenizer_files=_tokenizer_files(folder),
+            layout=files.name,
+            config_file=config_file,
+            text_only=text_only,
+        )
 
 
-def read_config(file: Path, *, ignore_keys: Collection[str] = ()) -> ModelConfig:
-    """`ModelConfig.from_hf` of the content of `file`.
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """What the system says of a path (no right to list it, too long, no such user) is said as CheckpointError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(
+            f"{brief(str(path))} cannot be opened: {reason}. Check the path and its rights."
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a path says of a model: its config, and its open checkpoint where there are tensors."""
+
+    config: ModelConfig
+    config_file: Path
+    layout: str
+    checkpoint: Checkpoint | None
+
+
+def describe(
+    path: str | Path, *, ignore_config_keys: Collection[str] = (), layout: str | None = None, text_only: bool = False
+) -> Description:
+    """`open_checkpoint`, also for a folder that has no tensors yet, and for a single config file of either layout.
+
+    Raises as `open_checkpoint` does; that tensors are there but missing, damaged or pickled in part is refused.
+    """
+    with _readable(path):
+        file = Path(path).expanduser().absolute()
+        require_target(file)
+        if not file.is_file():
+            folder = _folder(file)
+            files = layout_of(folder, layout)
+            if files.has_tensors(folder):
+                opened = open_checkpoint(
+                    path, ignore_config_keys=ignore_config_keys, layout=files.name, text_only=text_only
+                )
+                return Description(opened.config, opened.config_file, opened.layout, opened)
+            file, layout = folder / files.config, files.name
+        layout = layout or _layout_of_config(file)
+    config = read_config(file, ignore_keys=ignore_config_keys, text_only=text_only, layout=layout)
+    return Description(config, file, layout, None)
+
+
+def read_config(
+    file: Path, *, ignore_keys: Collection[str] = (), text_only: bool = False, layout: str | None = None
+) -> ModelConfig:
+    """The config in `file`, of the layout that it looks like if none is given.
 
     Raises CheckpointError when the file is not there, ConfigError when it is no JSON object or is refused.
     """
+    require_target(file)
     if not file.is_file():
-        native = file.with_name("params.json").is_file()
+        raise CheckpointError(f"{file.parent} has no {file.name}. Check the path, or download the checkpoint again.")
+    mapping = read_json_object(file, ConfigError)
+    if (layout or _layout_of_config(file)) == NATIVE:
+        return read_params(mapping, ignore_keys=ignore_keys, text_only=text_only)
+    return ModelConfig.from_hf(mapping, ignore_keys=ignore_keys, text_only=text_only)
+
+
+def _layout_of_config(file: Path) -> str:
+    """By name, and by content for a config that was renamed: Mistral writes dim where Hugging Face has hidden_size."""
+    if file.name in (CONFIG_FILE, PARAMS_FILE):
+        return NATIVE if file.name == PARAMS_FILE else HUGGING_FACE
+    mapping = read_json_object(file, ConfigError)
+    return NATIVE if {"dim", "n_layers"} & mapping.keys() and "hidden_size" not in mapping else HUGGING_FACE
+
+
+def _folder(path: Path) -> Path:
+    folder = path.expanduser().absolute()
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"{file.parent} has no {file.name}"
-            + (", only the params.json of Mistral's own format" if native else "")
-            + ". Use the checkpoint in the Hugging Face layout."
+            f"{folder} {state}, but a checkpoint is a folder with {CONFIG_FILE} and {SINGLE_FILE}, or with "
+            f"{PARAMS_FILE} and consolidated.safetensors."
         )
-    return ModelConfig.from_hf(_read_json_object(file, ConfigError), ignore_keys=ignore_keys)
+    return snapshot_of(folder)
+
+
+def _stored_dtype(tensors: Mapping[str, TensorEntry]) -> str | None:
+    """The type in which most bytes are stored, of those that a config can name."""
+    sizes = dict.fromkeys(_DTYPE_NAMES, 0)
+    for entry in tensors.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.nbytes
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return _DTYPE_NAMES[most] if sizes[most] else None
+
+
+def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    listed = sorted(entry.name for entry in folder.iterdir())
+    found = [folder / name for pattern in TOKENIZER_FILES for name in fnmatch.filter(listed, pattern)]
+    for file in found:
+        require_target(file)
+    return tuple(file for file in found if file.is_file())
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -172,78 +291,3 @@ def _map_privately(file: Path) -> mmap.mmap:
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def _find_tensors(folder: Path) -> dict[str, TensorEntry]:
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if index.is_file():
-        return _read_shards(folder, index)
-    if single.is_file():
-        return read_header(single)
-    pickled = sorted(entry.name for entry in folder.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickled:
-        raise CheckpointError(
-            f"{folder} has pickled weights only ({pickled[0]}), and unpickling can run code from the file. "
-            "Load it where you trust it and write it again with save_pretrained(..., safe_serialization=True)."
-        )
-    others = sorted(entry.name for entry in folder.glob("*.safetensors"))
-    found = f"only {', '.join(others[:3])}" if others else "no safetensors file at all"
-    raise CheckpointError(
-        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, {found}. Use the checkpoint in the Hugging Face layout."
-    )
-
-
-def _read_shards(folder: Path, index: Path) -> dict[str, TensorEntry]:
-    """Entries of all shards, after checking that index and shards agree about every tensor."""
-    weight_map = _read_json_object(index, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor names to file names. Download it again.")
-    shards = sorted(set(weight_map.values()))
-    if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in shards:
-        raise CheckpointError(
-            f"{folder} has both {SINGLE_FILE} and an {INDEX_FILE} that names other files. "
-            "Delete the one that does not belong to this checkpoint."
-        )
-    outside = [shard for shard in shards if Path(shard).name != shard or shard in ("", ".", "..")]
-    if outside:
-        raise CheckpointError(f"{index} names the shard {outside[0]!r}, which is no file name inside the folder.")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(shards)} shards that its index names: {some(missing)}. "
-            "Download them."
-        )
-    tensors: dict[str, TensorEntry] = {}
-    for shard in shards:
-        entries = read_header(folder / shard)
-        listed = {name for name, where in weight_map.items() if where == shard}
-        for names, complaint in (
-            (listed - entries.keys(), f"does not hold {{}} that {INDEX_FILE} places there"),
-            (entries.keys() - listed, f"holds {{}} that {INDEX_FILE} does not place there"),
-        ):
-            if names:
-                raise CheckpointError(
-                    f"{folder / shard} {complaint.format(f'{len(names)} tensors')}: {some(sorted(names))}. "
-                    "Index and shards are of different versions: download both again."
-                )
-        tensors |= entries
-    return tensors
-
-
-def some(names: Collection[str], most: int = 5) -> str:
-    """The first few names of a long list, with the number of those left out."""
-    listed = list(names)
-    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + rest
-
-
-def _read_json_object(file: Path, error_class: type[CheckpointError] | type[ConfigError]) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise error_class(f"{file} is not readable JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise error_class(
-            f"{file} holds a JSON {type(content).__name__}, but an object belongs there. Download it again."
-        )
-    return content

@@ -1,10 +1,7 @@
-"""The model's shape and constants, read from a Hugging Face config.json and validated.
+"""The model's shape and constants, validated: what every stage behind the checkpoint's config file goes by.
 
-`ModelConfig.from_hf` understands both generations of the file: `rope_theta`, `rope_scaling` and `torch_dtype` at the
-top level (published checkpoints), and `rope_parameters` and `dtype` (written by transformers 5). A key that is absent
-gets the default of the config class in `transformers`, which is what every other reader of the file computes with.
-Two of those defaults are easily missed: Mistral's sliding_window is 4096 when the key is absent and none when it is
-null; Mixtral's is none in both cases, and its rope_theta is 1e6 instead of 1e4.
+`ModelConfig.from_hf` reads a Hugging Face config.json (`reference.hf_config`), `reference.native_config` Mistral's own
+params.json. Both give equal objects for the same model.
 
 Symbols: L layers, H heads, G KV heads, D head dim, W window, E experts, V vocabulary.
 """
@@ -14,27 +11,38 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-from reference.config_keys import check_keys, drop_ignored
-from reference.config_reader import ConfigReader, refuse
-from reference.rope_config import RopeConfig, read_rope
+from reference.architectures import ARCHITECTURES as TABLE
+from reference.rope_config import RopeConfig
 from runtime.errors import ConfigError
 
 __all__ = ["ARCHITECTURES", "DTYPES", "SUPPORTED_ACTIVATIONS", "MoEConfig", "ModelConfig", "QueryScaling", "RopeConfig"]
 
-ARCHITECTURES = ("mistral", "mixtral", "ministral")
+ARCHITECTURES = tuple(TABLE)
 DTYPES = ("float32", "float16", "bfloat16")
 SUPPORTED_ACTIVATIONS = frozenset(
     {"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh"}
 )
 """The names under which reference.activations holds a function."""
 
-_MODEL_CLASS = {"mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM", "ministral": "MinistralForCausalLM"}
-_DEFAULT_EPS = {"mistral": 1e-6, "mixtral": 1e-5, "ministral": 1e-6}
-_DEFAULT_THETA = {"mistral": 10_000.0, "mixtral": 1_000_000.0, "ministral": 10_000.0}
-_DEFAULT_WINDOW = {"mistral": 4096, "mixtral": None, "ministral": 4096}
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+MOST: Mapping[str, int] = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "num_layers": 1024,
+    "num_heads": 1 << 14,
+    "num_kv_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "num_experts": 4096,
+    "experts_of_all_layers": 1 << 16,
+    "max_position_embeddings": (1 << 31) - 1,
+}
+"""Sizes of which more can only be damage, so that a damaged file is refused and does not fill the memory with names.
+
+Each is at least eight times that of the largest model published (126 layers, 384 experts, 23,424 experts in all
+layers but for that last one, which has less than three); a matrix of any two of them counts its bytes in 64 bits.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +65,12 @@ class QueryScaling:
 class ModelConfig:
     """Everything that decides the function which the weights parametrise; contradictions raise ConfigError.
 
-    architecture: one of ARCHITECTURES.
+    architecture: one of ARCHITECTURES, the rows of `reference.architectures`.
     num_kv_heads: G; each KV head serves H / G query heads. head_dim: D, independent of hidden_size / H.
     norm_eps: added to the mean square in RMSNorm. activation: one of SUPPORTED_ACTIVATIONS.
     layer_windows: for each layer W, so that token i sees j when 0 <= i - j < W, or None for full causal attention.
-    moe: present exactly for mixtral. tie_word_embeddings: the output projection is the embedding matrix.
+    moe: present exactly for architectures with experts; intermediate_size is then that of each.
+    tie_word_embeddings: the output projection is the embedding matrix.
     dtype: one of DTYPES, the type that config.json gives the weights; the tensors say for themselves what they are.
     eos_token_ids: ids that end a text; may be empty.
     qkv_bias, output_bias, mlp_bias: whether the projections of queries, keys and values, the attention's output
@@ -103,6 +112,12 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, but it must be at least 1")
         _require(self.max_position_embeddings >= 1, "max_position_embeddings must be at least 1")
+        sizes = {name: getattr(self, name) for name in MOST if hasattr(self, name)}
+        if self.moe is not None:
+            sizes["num_experts"] = self.moe.num_experts
+            sizes["experts_of_all_layers"] = self.moe.num_experts * self.num_layers
+        for name, size in sizes.items():
+            _require(size <= MOST[name], f"{name} is {size:,}, and no model has more than {MOST[name]:,}")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_attention_heads = {self.num_heads} is not a multiple of num_key_value_heads = {self.num_kv_heads}, "
@@ -113,7 +128,8 @@ class ModelConfig:
             f"head_dim is {self.head_dim}, but RoPE rotates pairs, so it must be even and at least 2",
         )
         _require(
-            math.isfinite(self.norm_eps) and self.norm_eps > 0, f"rms_norm_eps is {self.norm_eps}, but it must exceed 0"
+            1e-30 <= self.norm_eps <= 1,
+            f"rms_norm_eps is {self.norm_eps}, but it must lie between 1e-30 and 1 to mean anything in float32",
         )
         _require(
             self.activation in SUPPORTED_ACTIVATIONS,
@@ -129,15 +145,22 @@ class ModelConfig:
             "not even the current one; the least is 1",
         )
         _require(
-            (self.moe is not None) == (self.architecture == "mixtral"),
-            "experts belong to mixtral and to no other architecture",
+            (self.moe is not None) == (TABLE[self.architecture].experts is not None),
+            f"{self.architecture} has {'no experts' if self.moe is not None else 'experts in every layer'}",
         )
         if self.moe is not None:
             _require(
                 1 <= self.moe.top_k <= self.moe.num_experts,
                 f"num_experts_per_tok = {self.moe.top_k} must lie between 1 and "
-                f"num_local_experts = {self.moe.num_experts}",
+                f"the number of experts = {self.moe.num_experts}",
             )
+        if self.query_scaling is not None:
+            beta, length = self.query_scaling.beta, self.query_scaling.length
+            _require(
+                math.isfinite(beta) and beta > 0 and length >= 1,
+                f"queries grow by {beta} every {length} positions, but both must exceed 0",
+            )
+        _require(self.position_limit is None or self.position_limit >= 1, "position_limit must be at least 1")
         _require(
             self.dtype in DTYPES, f"the weights are said to be {self.dtype}, and Cierzo reads {', '.join(DTYPES)} only"
         )
@@ -148,58 +171,14 @@ class ModelConfig:
                     f"{name} is {token}, which is no id of a vocabulary of {self.vocab_size}",
                 )
 
-    @classmethod
-    def from_hf(cls, mapping: Mapping[str, Any], *, ignore_keys: Collection[str] = ()) -> Self:
-        """Read the parsed content of a config.json.
+    @staticmethod
+    def from_hf(
+        mapping: Mapping[str, Any], *, ignore_keys: Collection[str] = (), text_only: bool = False
+    ) -> ModelConfig:
+        """Read the parsed content of a config.json; see `reference.hf_config.read_hf`."""
+        from reference.hf_config import read_hf  # which makes the object that this module defines
 
-        ignore_keys: keys to pass over although Cierzo does not know them ("rope_scaling.KEY" for one inside).
-        Raises ConfigError, naming key, value, cause and way out, for anything that cannot be represented exactly.
-        """
-        kept = drop_ignored(mapping, ignore_keys)
-        reader = ConfigReader(kept)
-        architecture = reader.string("model_type")
-        if architecture not in ARCHITECTURES:
-            reader.refuse(
-                "model_type",
-                f"Cierzo builds {', '.join(ARCHITECTURES)} only",
-                "Other architectures need a model of their own; see CONTRIBUTING for what that takes.",
-            )
-        check_keys(kept, architecture)
-        _check_model_class(reader, architecture)
-        num_layers = reader.integer("num_hidden_layers", 32)
-        num_heads = reader.integer("num_attention_heads", 32)
-        max_position_embeddings = reader.integer("max_position_embeddings", 131072)
-        bos_token_ids = reader.token_ids("bos_token_id", (1,))
-        if len(bos_token_ids) > 1:
-            reader.refuse("bos_token_id", "a text begins with one token", "Write one id or null.")
-        return cls(
-            architecture=architecture,
-            vocab_size=reader.integer("vocab_size", 32000),
-            hidden_size=reader.integer("hidden_size", 4096),
-            intermediate_size=reader.integer("intermediate_size", 14336),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            # Null means one KV head per query head; an absent key means 8, the default of all three classes.
-            num_kv_heads=reader.optional_integer("num_key_value_heads", 8) or num_heads,
-            head_dim=_head_dim(reader, num_heads),
-            norm_eps=reader.number("rms_norm_eps", _DEFAULT_EPS[architecture]),
-            activation=_activation(reader),
-            rope=read_rope(
-                reader,
-                default_theta=_DEFAULT_THETA[architecture],
-                max_position_embeddings=max_position_embeddings,
-                ignored=ignore_keys,
-            ),
-            layer_windows=_layer_windows(reader, architecture, num_layers),
-            moe=MoEConfig(reader.integer("num_local_experts", 8), reader.integer("num_experts_per_tok", 2))
-            if architecture == "mixtral"
-            else None,
-            tie_word_embeddings=reader.boolean("tie_word_embeddings", False),
-            max_position_embeddings=max_position_embeddings,
-            dtype=_dtype(reader),
-            bos_token_id=bos_token_ids[0] if bos_token_ids else None,
-            eos_token_ids=reader.token_ids("eos_token_id", (2,)),
-        )
+        return read_hf(mapping, ignore_keys=ignore_keys, text_only=text_only)
 
 
 def _require(holds: bool, what_is_wrong: str) -> None:
@@ -207,87 +186,3 @@ def _require(holds: bool, what_is_wrong: str) -> None:
         raise ConfigError(
             f"This model config contradicts itself or Cierzo: {what_is_wrong}. Compare it with the published one."
         )
-
-
-def _check_model_class(reader: ConfigReader, architecture: str) -> None:
-    classes = reader.optional_strings("architectures")
-    if classes and _MODEL_CLASS[architecture] not in classes:
-        reader.refuse(
-            "architectures",
-            f"Cierzo computes {_MODEL_CLASS[architecture]}, a decoder with its language-model head, and nothing else",
-            "Use the language-model checkpoint that this one was derived from.",
-        )
-
-
-def _head_dim(reader: ConfigReader, num_heads: int) -> int:
-    head_dim = reader.optional_integer("head_dim")
-    if head_dim is not None:
-        return head_dim
-    hidden_size = reader.integer("hidden_size", 4096)
-    if hidden_size % num_heads:
-        refuse(
-            "hidden_size",
-            hidden_size,
-            f"it is not a multiple of num_attention_heads = {num_heads} and there is no head_dim",
-            "Write the head_dim that the weights were trained with.",
-        )
-    return hidden_size // num_heads
-
-
-def _activation(reader: ConfigReader) -> str:
-    activation = reader.string("hidden_act", "silu")
-    if activation not in SUPPORTED_ACTIVATIONS:
-        reader.refuse(
-            "hidden_act",
-            f"Cierzo computes {', '.join(sorted(SUPPORTED_ACTIVATIONS))} only",
-            "Use a checkpoint with one of these activations.",
-        )
-    return activation
-
-
-def _dtype(reader: ConfigReader) -> str:
-    new, old = (reader.string(key) if reader.mapping.get(key) is not None else None for key in ("dtype", "torch_dtype"))
-    if new is not None and old is not None and new != old:
-        reader.refuse("dtype", f"torch_dtype says {old!r}", "Keep the one that names the type of the tensors.")
-    dtype = new or old or "float32"
-    if dtype not in DTYPES:
-        reader.refuse(
-            "dtype" if new is not None else "torch_dtype",
-            f"Cierzo reads weights of {', '.join(DTYPES)} only",
-            "Convert the tensors to one of these types and name it here.",
-        )
-    return dtype
-
-
-def _layer_windows(reader: ConfigReader, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """W or None for each layer, as transformers masks them.
-
-    Its Mistral and Mixtral models mask all layers by sliding_window and read layer_types in the cache only, so a
-    layer_types that says anything else is a contradiction. All three ignore use_sliding_window; it may stand there as
-    long as it says what happens anyway.
-    """
-    window = reader.optional_integer("sliding_window", _DEFAULT_WINDOW[architecture])
-    by_window = (_FULL if window is None else _SLIDING,) * num_layers
-    kinds = reader.optional_strings("layer_types") or by_window
-    if len(kinds) != num_layers:
-        reader.refuse(
-            "layer_types", f"it has {len(kinds)} entries for {num_layers} layers", "Write one for each layer."
-        )
-    unknown = [kind for kind in kinds if kind not in (_SLIDING, _FULL)]
-    if unknown:
-        reader.refuse("layer_types", f"Cierzo knows {_SLIDING} and {_FULL} only", "Use a checkpoint with these.")
-    if architecture != "ministral" and kinds != by_window:
-        reader.refuse(
-            "layer_types",
-            f"{architecture} has one sliding_window for all layers, here {window}, and would mask by that alone",
-            "If the layers really differ, the model_type of these weights is ministral.",
-        )
-    if window is None and _SLIDING in kinds:
-        reader.refuse("layer_types", "sliding_window is null", "Write the window of the layers that slide.")
-    if "use_sliding_window" in reader.mapping and reader.boolean("use_sliding_window", True) != (_SLIDING in kinds):
-        reader.refuse(
-            "use_sliding_window",
-            f"{architecture} does not read this key and goes by sliding_window, which is {window}",
-            "Set sliding_window to null for full attention, or to the window, and delete this key.",
-        )
-    return tuple(window if kind == _SLIDING else None for kind in kinds)

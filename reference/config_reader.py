@@ -7,7 +7,6 @@ that says either where an integer belongs was written by mistake, and guessing w
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
@@ -21,6 +20,12 @@ class Absent:
 ABSENT: Final = Absent()
 """Default of a key that has none: not being there is then refused."""
 
+LARGEST_INTEGER: Final = 2**31 - 1
+"""Sizes, counts and positions beyond this are damage: no tensor has such an extent, and no text such a length."""
+
+LARGEST_NUMBER: Final = 3.0e38
+"""Numbers are taken in float32, which ends a little above."""
+
 
 def refuse(key: str, value: object, cause: str, way_out: str) -> NoReturn:
     """Raise ConfigError with one paragraph: the key, the value that was found, why it cannot be, and the way out."""
@@ -29,7 +34,10 @@ def refuse(key: str, value: object, cause: str, way_out: str) -> NoReturn:
 
 def shown(value: object) -> str:
     """`value` as JSON spells it, cut to one short line."""
-    text = json.dumps(value, default=repr, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=repr)  # escaped, since a character may turn the line round
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return f"({type(value).__name__})"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -54,13 +62,15 @@ class ConfigReader:
             )
         return default
 
-    def integer(self, key: str, default: int | Absent = ABSENT, *, least: int = 1) -> int:
-        """The integer under `key`, at least `least`. Raises ConfigError for null, booleans, floats and strings."""
+    def integer(self, key: str, default: int | Absent = ABSENT, *, least: int = 1, most: int = LARGEST_INTEGER) -> int:
+        """The integer under `key`, `least` to `most`. Raises ConfigError for null, booleans, floats and strings."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             self.refuse(key, "an integer belongs there", "Write the number without quotes or a decimal point.")
         if value < least:
             self.refuse(key, f"it must be at least {least}", "Check the file against the published one.")
+        if value > most:
+            self.refuse(key, f"no model has more than {most:,}", "Check the file against the published one.")
         return value
 
     def optional_integer(self, key: str, default: int | None = None, *, least: int = 1) -> int | None:
@@ -76,7 +86,8 @@ class ConfigReader:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.refuse(key, "a number belongs there", "Write the number without quotes.")
-        if not (math.isfinite(value) and value > 0):
+        # Compared, not converted: an integer may be too large for a float. NaN is in no range.
+        if not 0 < value <= LARGEST_NUMBER:
             self.refuse(key, "it must be finite and greater than zero", "Check the file against the published one.")
         return float(value)
 

@@ -15,9 +15,20 @@ from reference.attention import Attention, attend, visible_pairs
 from reference.config import ModelConfig
 from reference.moe import GatedMLP, MixtureOfExperts
 from reference.norm import RMSNorm
-from reference.rope import RotaryAngles, rotate
+from reference.rope import RotaryAngles
+from runtime.errors import InputError
 
 QUERIES_AT_ONCE = 512
+
+
+def refuse_beyond_limit(config: ModelConfig, tokens: int) -> None:
+    """Raise InputError for a row of so many tokens when the model's position_limit ends before."""
+    if config.position_limit is not None and tokens > config.position_limit:
+        raise InputError(
+            f"A row has {tokens:,} tokens, and with RoPE of type {config.rope.type} this model is a fixed function of "
+            f"its tokens up to position {config.position_limit:,} only: beyond, every token changes how all earlier "
+            "ones are turned. Use shorter rows."
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -44,7 +55,7 @@ class ContextLayer(DecoderLayer):
     def forward(self, x_NC: Tensor, position_BT: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
         B, T = position_BT.shape
         query, key, value = self.self_attn.project(self.input_layernorm(x_NC), B, T)
-        query, key = rotate(query, cos_BTd, sin_BTd), rotate(key, cos_BTd, sin_BTd)
+        query, key = self.self_attn.place(query, key, position_BT, cos_BTd, sin_BTd)
         blocks = []
         for begin in range(0, T, QUERIES_AT_ONCE):  # scores of all pairs of a long row would not fit into memory
             some = slice(begin, begin + QUERIES_AT_ONCE)
@@ -86,8 +97,12 @@ class Model(Decoder):
     layer_class = ContextLayer
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] of whole rows that start at position 0, in the parameters' dtype."""
+        """Logits [B, T, V] of whole rows that start at position 0, in the parameters' dtype.
+
+        Raises InputError for rows beyond the config's position_limit.
+        """
         B, T = input_ids_BT.shape
+        refuse_beyond_limit(self.config, T)
         position_BT = torch.arange(T, device=input_ids_BT.device).expand(B, T)
         x_NC = self.embed_tokens(input_ids_BT).view(B * T, -1)
         cos_BTd, sin_BTd = self.rotary(position_BT, x_NC.dtype)

@@ -18,9 +18,10 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, *, device: str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, device=device, dtype=dtype)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, device=device, dtype=dtype)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, device=device, dtype=dtype)
+        hidden, intermediate, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=bias, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=bias, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=bias, device=device, dtype=dtype)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x_NC: Tensor) -> Tensor:

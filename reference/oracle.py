@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.checkpoint import Checkpoint
-from reference.model import ContextLayer
+from reference.model import ContextLayer, refuse_beyond_limit
 from reference.norm import RMSNorm
 from reference.rope import RotaryAngles
 from reference.torch_state import plain_torch
@@ -32,8 +32,12 @@ class Oracle:
     def logits(
         self, rows: Sequence[Sequence[int]], dtype: torch.dtype, progress: Progress | None = None
     ) -> list[Tensor]:
-        """Logits [T, V] in `dtype` for each row of token ids, computed layer by layer over all rows."""
+        """Logits [T, V] in `dtype` for each row of token ids, computed layer by layer over all rows.
+
+        Raises InputError for rows beyond the config's position_limit.
+        """
         config = self._checkpoint.config
+        refuse_beyond_limit(config, max((len(row) for row in rows), default=0))
         embedding = self._load(EMBEDDING, dtype)
         hidden = [embedding[torch.tensor(list(row), dtype=torch.int64)] for row in rows]
         positions = [torch.arange(len(row))[None] for row in rows]

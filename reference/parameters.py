@@ -32,21 +32,26 @@ def _attention(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
         config.num_heads * config.head_dim,
         config.num_kv_heads * config.head_dim,
     )
-    return {
-        prefix + "q_proj.weight": (query_rows, hidden),
-        prefix + "k_proj.weight": (kv_rows, hidden),
-        prefix + "v_proj.weight": (kv_rows, hidden),
-        prefix + "o_proj.weight": (hidden, query_rows),
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, rows in (("q_proj", query_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
+        shapes |= _linear(prefix + name, rows, hidden, config.qkv_bias)
+    if config.qk_norm:
+        shapes |= {prefix + f"{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
+    return shapes | _linear(prefix + "o_proj", hidden, query_rows, config.output_bias)
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return weight | {f"{name}.bias": (rows,)} if bias else weight
 
 
 def _feed_forward(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     hidden, intermediate = config.hidden_size, config.intermediate_size
     if config.moe is None:
         return {
-            prefix + "mlp.gate_proj.weight": (intermediate, hidden),
-            prefix + "mlp.up_proj.weight": (intermediate, hidden),
-            prefix + "mlp.down_proj.weight": (hidden, intermediate),
+            **_linear(prefix + "mlp.gate_proj", intermediate, hidden, config.mlp_bias),
+            **_linear(prefix + "mlp.up_proj", intermediate, hidden, config.mlp_bias),
+            **_linear(prefix + "mlp.down_proj", hidden, intermediate, config.mlp_bias),
         }
     experts = config.moe.num_experts
     return {

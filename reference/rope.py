@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from reference.config import RopeConfig
+from reference.config import QueryScaling, RopeConfig
 from reference.norm import at_least_float32
 
 
@@ -22,8 +22,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequency = rope.theta**exponent
-    stretch = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}[rope.type]
-    return stretch(frequency, rope, head_dim)
+    return _STRETCHED[rope.type](frequency, rope, head_dim)
 
 
 def _default(frequency: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
@@ -63,6 +62,10 @@ def _yarn(frequency: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
     return (1.0 / (rope.factor * frequency)) * (1 - kept_share) + (1.0 / frequency) * kept_share
 
 
+# Dynamic RoPE is the default one up to `ModelConfig.position_limit`, where it ends.
+_STRETCHED = {"default": _default, "dynamic": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+
 class RotaryAngles(nn.Module):
     """Cosine and sine of position · frequency, times yarn's attention factor.
 
@@ -84,6 +87,18 @@ class RotaryAngles(nn.Module):
         if self.attention_factor == 1.0:
             return angle_BTd.cos(), angle_BTd.sin()
         return angle_BTd.cos() * self.attention_factor, angle_BTd.sin() * self.attention_factor
+
+
+def query_factor(position_BT: Tensor, scaling: QueryScaling, dtype: torch.dtype) -> Tensor:
+    """1 + beta · ln(1 + floor(p / length)) of absolute positions p, [B, 1, T, 1] in `dtype`, taken in float32 or wider.
+
+    Queries that far behind the first training's length attend more sharply (Llama 4; Ministral 3). The quotient is one
+    of integers, so that it is exact at any position.
+    """
+    passed_BT = torch.div(position_BT, scaling.length, rounding_mode="floor")
+    wide_BT = passed_BT.to(torch.promote_types(dtype, torch.float32))
+    factor_BT = 1 + scaling.beta * torch.log(1 + wide_BT)
+    return factor_BT.to(dtype)[:, None, :, None]
 
 
 def rotate(x_BHTD: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """RoPE parameters: which rotation frequencies a checkpoint was trained with.
 
-Four types are represented, each as the Hugging Face `transformers` library computes it:
+Five types are represented, each as the Hugging Face `transformers` library computes it:
 
 | type    | meaning                                                        | source                                  |
 |---------|----------------------------------------------------------------|-----------------------------------------|
 | default | theta^(-2i/D)                                                  | Su et al. 2021, arXiv:2104.09864        |
 | linear  | default divided by `factor`                                    | Chen et al. 2023, arXiv:2306.15595      |
+| dynamic | default up to max_position_embeddings, see below               | bloc97 and emozilla 2023 (NTK-aware)    |
 | llama3  | long wavelengths divided by `factor`, with a ramp between      | Llama 3.1 model card and reference code |
 | yarn    | per-dimension ramp, and cos and sin times `attention_factor`   | Peng et al. 2023, arXiv:2309.00071      |
+
+Dynamic RoPE chooses its base by the length of the whole sequence, once that exceeds max_position_embeddings: every
+earlier key would have to be turned again at every step, which no cache can do. Up to that length it is the default
+type, and `ModelConfig.position_limit` ends an engine's sequences there.
 
 A config spells them in one of two generations: `rope_theta` and `rope_scaling` at the top level, or everything inside
 `rope_parameters`. Both give the same `RopeConfig`.
@@ -20,14 +25,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reference.config_reader import ConfigReader
+from reference.config_keys import drop_ignored
+from reference.config_reader import ConfigReader, shown
 from runtime.errors import ConfigError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 _KEYS_OF_TYPE: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
+    "dynamic": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
         {
@@ -42,7 +49,15 @@ _KEYS_OF_TYPE: dict[str, frozenset[str]] = {
         }
     ),
 }
+_LONGROPE = (
+    "that turns positions by one set of frequencies in short sequences and by another in long ones (longrope): every "
+    "earlier key would have to be turned again when a sequence grows past original_max_position_embeddings, which no "
+    "cache can do"
+)
+_REFUSED = {"longrope": _LONGROPE, "su": _LONGROPE}
 _KEYS_OF_ALL_TYPES = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_NULL_IS_A_VALUE = frozenset({"truncate"})
+"""Keys whose null is not as good as absence: transformers takes that one for false, and an absent one for true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,7 @@ class RopeConfig:
 
     theta: base of the geometric series of frequencies.
     type: one of ROPE_TYPES. The fields below belong to the types in brackets and keep their defaults otherwise.
-    factor: by how much the context was stretched [linear, llama3, yarn].
+    factor: by how much the context was stretched [linear, dynamic, llama3, yarn].
     original_max_position_embeddings: positions of the first training, before stretching [llama3, yarn]; 0 = unused.
     low_freq_factor, high_freq_factor: ends of the ramp, as original length divided by wavelength [llama3].
     beta_fast, beta_slow: ends of the ramp, in rotations over the original length [yarn].
@@ -104,31 +119,62 @@ class RopeConfig:
             )
 
 
+def rope_parameters(
+    reader: ConfigReader, ignored: Collection[str] = (), default: Mapping[str, Any] | None = None
+) -> ConfigReader:
+    """The object `rope_scaling`, or the newer `rope_parameters`, without nulls and ignored keys; empty for neither.
+
+    ignored: keys of the form "rope_scaling.KEY" or "rope_parameters.KEY" that the user asked to pass over.
+    default: what stands there when both are absent or null.
+    Raises ConfigError when both are given and differ, as transformers prefers rope_scaling, and when one of the
+    ignored keys decides about the rotation.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("rope_scaling", "rope_parameters"):  # the one that transformers takes first
+        entries = _without_ignored(reader, name, ignored)
+        if entries:  # also one of nulls only, which stands in the other's way all the same
+            found[name] = {key: value for key, value in entries.items() if value is not None or key in _NULL_IS_A_VALUE}
+    if len(found) == 2 and _normalised(found["rope_parameters"]) != _normalised(found["rope_scaling"]):
+        reader.refuse(
+            "rope_scaling",
+            "rope_parameters says something else, and the two are the old and the new spelling of one thing",
+            "Delete the one that the weights were not trained with.",
+        )
+    if default is not None and not reader.mapping.get("rope_scaling") and reader.mapping.get("rope_parameters") is None:
+        found["rope_parameters"] = dict(default)
+    name, entries = next(iter(found.items()), ("rope_parameters", {}))
+    return ConfigReader(entries, prefix=f"{reader.prefix}{name}.")
+
+
 def read_rope(
-    reader: ConfigReader, *, default_theta: float, max_position_embeddings: int, ignored: Collection[str] = ()
+    reader: ConfigReader,
+    rope: ConfigReader,
+    *,
+    default_theta: float,
+    max_position_embeddings: int,
+    types: Collection[str] = ROPE_TYPES,
+    further_keys: Collection[str] = (),
 ) -> RopeConfig:
-    """RopeConfig out of `rope_parameters`, or `rope_scaling` and `rope_theta`, of a config.json.
+    """RopeConfig out of `rope`, which is what `rope_parameters` found, and rope_theta beside it.
 
     default_theta: the value that the architecture's config class gives an absent rope_theta.
     max_position_embeddings: stands in for an absent original_max_position_embeddings.
-    ignored: keys of the form "rope_scaling.KEY" or "rope_parameters.KEY" that the user asked to pass over.
+    types: those that the architecture takes. further_keys: keys in `rope` that the caller reads.
     Raises ConfigError for other types, unknown keys, contradictions between the two spellings, and partial rotation.
     """
-    name, source = _the_one_source(reader, ignored)
-    rope = ConfigReader(source, prefix=f"{name}.")
-    kind = _rope_type(rope)
-    _check_keys(rope, kind, name)
+    kind = _rope_type(rope, types)
+    _check_keys(rope, kind, further_keys)
 
     top_theta = reader.optional_number("rope_theta")
     theta = rope.optional_number("rope_theta")
     if theta is not None and top_theta is not None and theta != top_theta:
-        reader.refuse("rope_theta", f"{name} says rope_theta = {theta}", "Keep one of the two.")
+        reader.refuse("rope_theta", f"{rope.prefix.rstrip('.')} says rope_theta = {theta}", "Keep one of the two.")
     theta = theta or top_theta or default_theta
 
     fields: dict[str, Any] = {}
     if kind in ("llama3", "yarn"):
         fields["original_max_position_embeddings"] = _original_length(reader, rope, max_position_embeddings)
-    if kind in ("linear", "llama3"):
+    if kind in ("linear", "dynamic", "llama3"):
         fields["factor"] = rope.number("factor")
     if kind == "llama3":
         fields |= {key: rope.number(key) for key in ("low_freq_factor", "high_freq_factor")}
@@ -137,45 +183,42 @@ def read_rope(
     return RopeConfig(theta=theta, type=kind, **fields)
 
 
-def _the_one_source(reader: ConfigReader, ignored: Collection[str]) -> tuple[str, dict[str, Any]]:
-    """The object that describes RoPE, without nulls; transformers prefers rope_scaling, so a conflict is refused."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        entries = reader.optional_mapping(name)
-        kept = {key: value for key, value in entries.items() if value is not None and f"{name}.{key}" not in ignored}
-        if kept:
-            found[name] = kept
-    if len(found) == 2 and _normalised(found["rope_parameters"]) != _normalised(found["rope_scaling"]):
-        reader.refuse(
-            "rope_scaling",
-            "rope_parameters says something else, and the two are the old and the new spelling of one thing",
-            "Delete the one that the weights were not trained with.",
-        )
-    return next(iter(found.items()), ("rope_parameters", {}))
+def _without_ignored(reader: ConfigReader, name: str, ignored: Collection[str]) -> dict[str, Any]:
+    """The object `name`; messages name it with the reader's prefix, so that users may as well."""
+    entries = reader.optional_mapping(name)
+    prefixes = (f"{name}.", f"{reader.prefix}{name}.")
+    keys = {key.removeprefix(prefix) for prefix in prefixes for key in ignored if key.startswith(prefix)}
+    kind = entries.get("rope_type") or entries.get("type") or "default"
+    read = _KEYS_OF_TYPE.get(kind, frozenset()) if isinstance(kind, str) else frozenset()
+    return drop_ignored(entries, keys, read | {"rope_type", "type", "rope_theta"}, prefixes[1])
 
 
 def _normalised(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type" if key == "type" else key: value for key, value in entries.items()}
 
 
-def _rope_type(rope: ConfigReader) -> str:
+def _rope_type(rope: ConfigReader, types: Collection[str]) -> str:
     new, old = rope.mapping.get("rope_type"), rope.mapping.get("type")
     if new is not None and old is not None and new != old:
-        rope.refuse("rope_type", f"type says {old!r}", "Keep one of the two.")
+        rope.refuse("rope_type", f"type says {shown(old)}", "Keep one of the two.")
     key = "rope_type" if new is not None else "type"
     kind = rope.string(key, "default")
-    if kind not in ROPE_TYPES:
+    if kind in _REFUSED:
+        rope.refuse(key, _REFUSED[kind], "Use a checkpoint of another type, such as the one for short contexts.")
+    if kind not in types:
         rope.refuse(
             key,
-            f"Cierzo computes RoPE of the types {', '.join(ROPE_TYPES)} only; any other rotates queries and keys by "
+            f"Cierzo computes RoPE of the types {', '.join(types)} only here; any other rotates queries and keys by "
             "other angles, so the engine would not be the same function",
             "Use a checkpoint of one of these types.",
         )
     return kind
 
 
-def _check_keys(rope: ConfigReader, kind: str, name: str) -> None:
+def _check_keys(rope: ConfigReader, kind: str, further_keys: Collection[str]) -> None:
     for key, value in rope.mapping.items():
+        if key in further_keys:
+            continue
         if isinstance(value, dict):
             rope.refuse(
                 key, "RoPE parameters that differ by kind of layer are not supported", "Use one set for all layers."
@@ -187,7 +230,7 @@ def _check_keys(rope: ConfigReader, kind: str, name: str) -> None:
             rope.refuse(
                 key,
                 f"RoPE type {kind} has no such parameter",
-                f"If it is known to change nothing, pass --ignore-config-key {name}.{key}.",
+                f"If it is known to change nothing, pass --ignore-config-key {rope.prefix}{key}.",
             )
 
 

@@ -10,14 +10,14 @@ apart from a file of another format, with the number of bytes that are missing.
 
 from __future__ import annotations
 
-import json
-import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from runtime.errors import CheckpointError
+from runtime.json_files import MOST_BYTES, brief, open_regular_file, parse_json_object
 
 ITEM_BYTES = {
     "BOOL": 1,
@@ -40,6 +40,8 @@ ITEM_BYTES = {
 
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
 _LENGTH_BYTES = 8
+_MOST_TENSOR_BYTES = (1 << 63) - 1  # torch, ONNX and the file system count in signed 64 bits
+_MOST_DIMENSIONS = 64  # numpy's limit and torch's: no weight has more than five
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     and shape, or the file is shorter or longer than its header says.
     """
     try:
-        file_bytes = file.stat().st_size
-        with file.open("rb") as stream:
-            header, data_start = _read_json(file, stream.read(_LENGTH_BYTES), file_bytes, stream.read)
+        with open_regular_file(file) as stream:
+            file_bytes = os.fstat(stream.fileno()).st_size
+            header, data_start = _read_json(file, stream, file_bytes)
     except OSError as error:
         raise CheckpointError(
             f"{file} cannot be read: {error.strerror or error}. Check the path and its rights."
@@ -79,8 +81,9 @@ def _damaged(file: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{file} is not an intact safetensors file: {what}. Download or copy it again.")
 
 
-def _read_json(file: Path, length_field: bytes, file_bytes: int, read: Any) -> tuple[dict[str, Any], int]:
+def _read_json(file: Path, stream: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], int]:
     """The parsed header and the absolute offset of the first tensor byte."""
+    length_field = stream.read(_LENGTH_BYTES)
     if len(length_field) < _LENGTH_BYTES:
         raise _damaged(file, f"it has {file_bytes} bytes, and the length of the header alone takes {_LENGTH_BYTES}")
     (header_bytes,) = struct.unpack("<Q", length_field)
@@ -92,42 +95,31 @@ def _read_json(file: Path, length_field: bytes, file_bytes: int, read: Any) -> t
     data_start = _LENGTH_BYTES + header_bytes
     if data_start > file_bytes:
         raise _damaged(file, f"it ends {data_start - file_bytes} bytes before the end of its header")
-    try:
-        header = json.loads(read(header_bytes).decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, _DuplicateKeyError, RecursionError) as error:
-        raise _damaged(file, f"its header is not the JSON that the format asks for ({error})") from error
-    if not isinstance(header, dict):
-        raise _damaged(file, "its header is not a JSON object")
+    header = parse_json_object(
+        stream.read(min(header_bytes, MOST_BYTES + 1)),
+        lambda cause: _damaged(file, f"its header is not the JSON that the format asks for ({cause})"),
+    )
     return header, data_start
 
 
-class _DuplicateKeyError(Exception):
-    pass
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return mapping
-
-
 def _entry(file: Path, name: str, description: object, data_start: int) -> TensorEntry:
+    tensor = f"tensor {brief(name)}"
     if not isinstance(description, dict) or set(description) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(file, f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        raise _damaged(file, f"{tensor} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = description["dtype"], description["shape"], description["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{file} holds tensor {name!r} of dtype {dtype!r}, and Cierzo reads {', '.join(ITEM_BYTES)} only. "
+            f"{file} holds {tensor} of dtype {brief(dtype)}, and Cierzo reads {', '.join(ITEM_BYTES)} only. "
             "Convert the checkpoint to float32, float16 or bfloat16."
         )
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(file, f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+    offsets_fit = _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS or not offsets_fit:
+        raise _damaged(file, f"{tensor} has shape {brief(shape)} and data_offsets {brief(offsets)}")
     nbytes = offsets[1] - offsets[0]
-    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    expected = _bytes_of(shape, ITEM_BYTES[dtype])
     if nbytes != expected:
-        raise _damaged(file, f"tensor {name!r} has {nbytes} bytes, but {dtype} of shape {shape} takes {expected}")
+        takes = f"takes {expected}" if expected is not None else f"takes more than {_MOST_TENSOR_BYTES}"
+        raise _damaged(file, f"{tensor} has {nbytes} bytes, but {dtype} of shape {brief(shape)} {takes}")
     return TensorEntry(name, file, dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
@@ -135,17 +127,31 @@ def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
+def _bytes_of(shape: list[int], item_bytes: int) -> int | None:
+    """Bytes of a tensor; None when its sizes, zeros aside, multiply to more than any file holds.
+
+    Zeros are left aside because a size that no stride can be computed of is damage in an empty tensor as well.
+    """
+    total = item_bytes
+    for size in shape:
+        total *= size or 1
+        if total > _MOST_TENSOR_BYTES:  # early: the product of all would take quadratic time
+            return None
+    return 0 if 0 in shape else total
+
+
 def _check_tiling(file: Path, entries: list[TensorEntry], data_start: int, file_bytes: int) -> None:
     """The ranges must follow each other without overlap or hole, and the last must end where the file ends."""
     end, previous = data_start, "the header"
     for entry in entries:
         if entry.offset < end:
-            raise _damaged(file, f"tensor {entry.name!r} overlaps {previous} by {end - entry.offset} bytes")
+            raise _damaged(file, f"tensor {brief(entry.name)} overlaps {previous} by {end - entry.offset} bytes")
         if entry.offset > end:
             raise _damaged(
-                file, f"{entry.offset - end} bytes between {previous} and tensor {entry.name!r} belong to no tensor"
+                file,
+                f"{entry.offset - end} bytes between {previous} and tensor {brief(entry.name)} belong to no tensor",
             )
-        end, previous = entry.offset + entry.nbytes, f"tensor {entry.name!r}"
+        end, previous = entry.offset + entry.nbytes, f"tensor {brief(entry.name)}"
     if file_bytes < end:
         raise _damaged(file, f"it is truncated: {end - file_bytes} of {end} bytes are missing")
     if file_bytes > end:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from reference.attention import attend, visible_pairs
 from reference.model import Decoder, DecoderLayer
-from reference.rope import rotate
 
 
 def modulo(x: Tensor, divisor: int) -> Tensor:
@@ -63,7 +62,7 @@ class RingLayer(DecoderLayer):
         """Hidden states [N, C] after the layer, and its rings [B, G, S, D] rolled on."""
         B, T = position_BT.shape
         query, key, value = self.self_attn.project(self.input_layernorm(x_NC), B, T)
-        query, key = rotate(query, cos_BTd, sin_BTd), rotate(key, cos_BTd, sin_BTd)
+        query, key = self.self_attn.place(query, key, position_BT, cos_BTd, sin_BTd)
         key_ring = write_ring(key_ring, key, position_BT, valid_BT)
         value_ring = write_ring(value_ring, value, position_BT, valid_BT)
         held_BS = slot_positions(start_B, count_B, key_ring.shape[2])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from reference.model import ContextLayer
+from reference.model import ContextLayer, refuse_beyond_limit
 from reference.norm import RMSNorm
 from reference.oracle import Oracle
 from reference.rope import RotaryAngles
@@ -25,9 +25,10 @@ class WatchedOracle(Oracle):
         """Yield the outputs of each stage of the model for one row of token ids, L + 2 stages in all.
 
         A layer's own output is its last entry. Modules whose output is another's (`mlp` is its `down_proj`) are
-        not listed twice.
+        not listed twice. Raises InputError for a row beyond the config's position_limit.
         """
         config = self._checkpoint.config
+        refuse_beyond_limit(config, len(row))
         with plain_torch():
             embedding = self._load(EMBEDDING, dtype)
             hidden_NC = embedding[torch.tensor(row, dtype=torch.int64)]
@@ -58,7 +59,7 @@ class WatchedOracle(Oracle):
 
         def listen(path: str, module: nn.Module) -> None:
             def note(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-                outputs[path] = output
+                outputs[path] = output.reshape(hidden_NC.shape[0], -1)  # a norm of heads gives [1, T, H, D]
 
             module.register_forward_hook(note)
 

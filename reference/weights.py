@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from reference.checkpoint import Checkpoint, some
+from reference.checkpoint import HUGGING_FACE, Checkpoint, some
 from reference.config import ModelConfig
+from reference.native_weights import NATIVE_LM_HEAD, native_unused_reason
 from reference.parameters import EMBEDDING, LM_HEAD, parameter_shapes
-from reference.weight_maps import weight_map
+from reference.weight_maps import HEADS, stored_names, weight_map
 from reference.weight_source import Piece, WeightSource, load_parameter
 from runtime.errors import CheckpointError
 
@@ -26,7 +27,10 @@ __all__ = [
 ]
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")
-_ROTARY_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_ROTARY_BUFFER = re.compile(
+    r"(model|model\.language_model|language_model\.model)\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+)
+_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..+")
 _COMPARED_AT_ONCE = 1 << 22
 
 
@@ -45,7 +49,7 @@ def bind(checkpoint: Checkpoint) -> dict[str, WeightSource]:
             f"{checkpoint.path} lacks {_tensors(missing)} that {config.architecture} with {config.num_layers} layers "
             "takes. Check that config.json belongs to these weights and that all files were downloaded."
         )
-    surplus = [name for name in tensors if name not in shapes and unused_reason(config, name) is None]
+    surplus = [name for name in tensors if name not in shapes and _unused_in(checkpoint, name) is None]
     if surplus:
         raise CheckpointError(
             f"{checkpoint.path} holds {_tensors(surplus)} that {config.architecture} with {config.num_layers} layers "
@@ -71,29 +75,41 @@ def bind(checkpoint: Checkpoint) -> dict[str, WeightSource]:
     return sources
 
 
-def unused_reason(config: ModelConfig, name: str) -> str | None:
-    """Why the checkpoint tensor `name` may be left unread, or None when it may not."""
+def unused_reason(config: ModelConfig, name: str, *, layout: str = HUGGING_FACE, text_only: bool = False) -> str | None:
+    """Why the checkpoint tensor `name` may be left unread, or None when it may not.
+
+    layout, text_only: see `reference.checkpoint.Checkpoint`.
+    """
+    if layout != HUGGING_FACE:
+        return native_unused_reason(config, name, text_only=text_only)
+    if text_only and _IMAGES.fullmatch(name):
+        return "it reads images, and only the language model was asked for"
     if _ROTARY_BUFFER.fullmatch(name):
         return "RoPE's frequencies follow from config.json; old versions of transformers stored them as well"
-    if name == LM_HEAD and config.tie_word_embeddings:
+    if name in HEADS and config.tie_word_embeddings:
         return "the output projection is tied to the embedding and holds the same values"
     return None
+
+
+def _unused_in(checkpoint: Checkpoint, name: str) -> str | None:
+    return unused_reason(checkpoint.config, name, layout=checkpoint.layout, text_only=checkpoint.text_only)
 
 
 def _check_tied_head(checkpoint: Checkpoint, sources: dict[str, WeightSource]) -> None:
     """transformers does not tie when both matrices are stored and differ, so config.json and weights then disagree."""
     stored = sources[EMBEDDING].pieces[0].tensor
-    if not checkpoint.config.tie_word_embeddings or LM_HEAD not in checkpoint.tensors or stored == LM_HEAD:
+    name = NATIVE_LM_HEAD if checkpoint.layout != HUGGING_FACE else stored_names(checkpoint.tensors).head
+    if not checkpoint.config.tie_word_embeddings or name not in checkpoint.tensors or stored == name:
         return
-    head, embedding = checkpoint.read_bytes(LM_HEAD), checkpoint.read_bytes(stored)
-    same_layout = checkpoint.tensors[LM_HEAD].dtype == checkpoint.tensors[stored].dtype and len(head) == len(embedding)
+    head, embedding = checkpoint.read_bytes(name), checkpoint.read_bytes(stored)
+    same_layout = checkpoint.tensors[name].dtype == checkpoint.tensors[stored].dtype and len(head) == len(embedding)
     # Slices become bytes because comparing memoryviews goes element by element.
     if not same_layout or any(
         bytes(head[start : start + _COMPARED_AT_ONCE]) != bytes(embedding[start : start + _COMPARED_AT_ONCE])
         for start in range(0, len(head), _COMPARED_AT_ONCE)
     ):
         raise CheckpointError(
-            f"{checkpoint.path} says tie_word_embeddings, but its {LM_HEAD} differs from {stored}. "
+            f"{checkpoint.path} says tie_word_embeddings, but its {name} differs from {stored}. "
             "Set tie_word_embeddings to false if the stored output projection is meant, or delete it."
         )
 

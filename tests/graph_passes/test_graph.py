@@ -175,6 +175,18 @@ def test_a_region_gets_the_extents_that_it_asks_other_inputs_for() -> None:
     assert region.run([v])[0].shape == (2, 1)
 
 
+def test_what_is_asked_for_its_shape_alone_is_never_allocated() -> None:
+    """The ring of a model with many KV heads and a long context would be tens of terabytes of zeros here."""
+    model = parse("""g (float[B,64,S,128] ring, int64[B] last) => (int64[?,?] y) {
+        slots = Shape <start = 2, end = 3> (ring) heads = Shape <start = -3, end = -2> (ring) all = Shape (ring)
+        count = Concat <axis = 0> (slots, heads, all) axis = Constant <value_ints = [1]> ()
+        column = Unsqueeze (last, axis) y = Add (column, count) }""")
+    value = ir.convenience.create_value_mapping(model.graph)
+    region = Region(model, [value["last"]], [value["y"]])
+    (y,) = region.run([np.array([0], np.int64)], {"S": 1 << 30})
+    assert y.tolist() == [[1 << 30, 64, 1, 64, 1 << 30, 128]]
+
+
 def test_a_product_of_extents_is_split() -> None:
     model = ir.from_onnx_text("""<ir_version: 11, opset_import: ["" : 24]>
         g (float[B,T] ids, float[N,2] x) => (int64[2] y) { size = Shape (ids) zero = Mul (x, x)

@@ -208,7 +208,7 @@ def test_a_template_that_is_traced_differently_is_refused_with_the_place(mixture
     model = mixture.model()
     node = next(n for n in model.graph if n.op_type == "Sub" and len(dims(n.outputs[0])) == 4)
     node.op_type = "Add"
-    with pytest.raises(FusionError, match=r"layers\.0.*but not the rotation by their angles at Mul '.*rotate\(query"):
+    with pytest.raises(FusionError, match=r"layers\.0.*but not the rotation by their angles at Mul '.*place\(query"):
         pipeline.run(model, mixture.expected)
 
 

@@ -55,6 +55,7 @@ def test_the_check_finds(path: str, source: str) -> None:
     [
         ("reference/model.py", "import math\nimport torch.nn.functional as F\nfrom reference.norm import RMSNorm"),
         ("reference/model.py", "from runtime.errors import ConfigError"),
+        ("reference/checkpoint.py", "from runtime.json_files import read_json_object"),
         ("graph_passes/driver.py", "from runtime import errors\nimport onnx_ir as ir"),
         ("graph_passes/fuse/rope.py", "from . import gqa\nfrom .gqa import x\nfrom ..ops.moe import y"),
         ("runtime/backends/base.py", "def f():\n    import onnxruntime"),

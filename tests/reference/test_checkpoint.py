@@ -130,6 +130,18 @@ def test_tokenizer_files(tmp_path: Path, folder: Path) -> None:
         "tokenizer_config.json",
         "chat_template.jinja",
     ]
+    for name in ("tokenizer.model.v3", "tekken.json", "tokenizer.model", "tokenizer.model.v1", "tokenizer.py"):
+        (folder / name).write_bytes(b"")
+    (folder / "tokenizer.model.d").mkdir()
+    assert [file.name for file in open_checkpoint(folder).tokenizer_files] == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "tekken.json",
+        "tokenizer.model",
+        "tokenizer.model.v1",
+        "tokenizer.model.v3",
+    ]
     assert open_checkpoint(make_checkpoint(tmp_path / "bare", num_layers=1)).tokenizer_files == ()
 
 
@@ -255,9 +267,7 @@ def test_folders_that_are_none(tmp_path: Path, folder: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "absent")
     assert "is a file" in refusal(folder / "config.json")
     (folder / "config.json").unlink()
-    assert "has no config.json. Use" in refusal(folder)
-    (folder / "params.json").write_text("{}")
-    assert "only the params.json of Mistral's own format" in refusal(folder)
+    assert "has no config.json and no params.json, so it is" in refusal(folder)
 
 
 @pytest.mark.parametrize("text, words", [("{", "not readable JSON"), ("[]", "an object belongs there")])
@@ -274,8 +284,8 @@ def test_pickled_weights_are_refused_with_the_way_out(folder: Path) -> None:
     assert "save_pretrained" in message
 
 
-def test_no_weights_or_those_of_another_layout(folder: Path) -> None:
-    (folder / SINGLE_FILE).rename(folder / "consolidated.safetensors")
-    assert "only consolidated.safetensors" in refusal(folder)
-    (folder / "consolidated.safetensors").unlink()
+def test_no_weights_or_those_of_something_else(folder: Path) -> None:
+    (folder / SINGLE_FILE).rename(folder / "adapter_model.safetensors")
+    assert "neither model.safetensors nor model.safetensors.index.json, only adapter_model" in refusal(folder)
+    (folder / "adapter_model.safetensors").unlink()
     assert "no safetensors file at all" in refusal(folder)

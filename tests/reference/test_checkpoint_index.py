@@ -61,7 +61,7 @@ def test_a_tensor_that_two_shards_hold(sharded: Path) -> None:
     assert f"does not place there: {name}" in refusal(sharded)
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "sub/model.safetensors", "..", ""])
+@pytest.mark.parametrize("shard", ["../model.safetensors", "sub/model.safetensors", "..", "", "a\0b", "n" * 300])
 def test_a_shard_outside_the_folder(sharded: Path, shard: str) -> None:
     edit_index(sharded, lambda weights: weights.update({"model.norm.weight": shard}))
     assert "no file name inside the folder" in refusal(sharded)

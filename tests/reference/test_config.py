@@ -1,4 +1,4 @@
-"""ModelConfig: both generations, the defaults of transformers, and the published files."""
+"""ModelConfig of the Mistral family: both generations, nulls, neutral keys. See test_architectures.py for the rest."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 
 from reference.activations import ACTIVATIONS
-from reference.config import SUPPORTED_ACTIVATIONS, ModelConfig, MoEConfig
-from reference.rope_config import RopeConfig
+from reference.config import SUPPORTED_ACTIVATIONS, ModelConfig
 from tests.support.checkpoints import make_checkpoint
 from tests.support.config_json import small
-
-PUBLISHED = sorted((Path(__file__).parents[1] / "support" / "configs").glob("*.json"))
-CLASSES = {
-    "mistral": transformers.MistralConfig,
-    "mixtral": transformers.MixtralConfig,
-    "ministral": transformers.MinistralConfig,
-}
-
-
-def of_transformers(config: dict[str, Any]) -> Any:
-    """The config object of transformers for the same JSON."""
-    return CLASSES[config["model_type"]](**{key: value for key, value in config.items() if key != "model_type"})
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "mixtral", "ministral"])
@@ -59,48 +45,6 @@ def test_both_generations_give_equal_configs(tmp_path: Path, architecture: str, 
     assert old == new
     assert old.dtype == "bfloat16"
     assert old.rope.type == (rope or {"rope_type": "default"})["rope_type"]
-
-
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_published_configs_mean_what_transformers_reads(path: Path) -> None:
-    published = json.loads(path.read_text())
-    config, theirs = ModelConfig.from_hf(published), of_transformers(published)
-    assert config.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
-    assert set(config.layer_windows) == {theirs.sliding_window}
-    assert config.head_dim == (theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads)
-    assert config.norm_eps == theirs.rms_norm_eps
-    assert (config.num_kv_heads, config.num_layers) == (theirs.num_key_value_heads, theirs.num_hidden_layers)
-    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
-    assert config.dtype == str(theirs.dtype).removeprefix("torch.")
-
-
-def test_the_published_set_is_complete() -> None:
-    assert len(PUBLISHED) == 9
-
-
-@pytest.mark.parametrize("architecture", ["mistral", "mixtral", "ministral"])
-def test_absent_keys_get_the_defaults_of_transformers(architecture: str) -> None:
-    config, theirs = ModelConfig.from_hf({"model_type": architecture}), CLASSES[architecture]()
-    assert config == ModelConfig(
-        architecture=architecture,
-        vocab_size=theirs.vocab_size,
-        hidden_size=theirs.hidden_size,
-        intermediate_size=theirs.intermediate_size,
-        num_layers=theirs.num_hidden_layers,
-        num_heads=theirs.num_attention_heads,
-        num_kv_heads=theirs.num_key_value_heads,
-        head_dim=theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads,
-        norm_eps=theirs.rms_norm_eps,
-        activation=theirs.hidden_act,
-        rope=RopeConfig(theta=theirs.rope_parameters["rope_theta"]),
-        layer_windows=(theirs.sliding_window,) * theirs.num_hidden_layers,
-        moe=MoEConfig(theirs.num_local_experts, theirs.num_experts_per_tok) if architecture == "mixtral" else None,
-        tie_word_embeddings=theirs.tie_word_embeddings,
-        max_position_embeddings=theirs.max_position_embeddings,
-        dtype="float32",
-        bos_token_id=theirs.bos_token_id,
-        eos_token_ids=(theirs.eos_token_id,),
-    )
 
 
 def test_an_absent_window_is_4096_for_mistral_and_none_for_mixtral() -> None:

@@ -10,27 +10,25 @@ import pytest
 import torch
 import transformers
 
-from reference.config import ModelConfig, MoEConfig
+from reference.config import ModelConfig, MoEConfig, QueryScaling
 from runtime.errors import ConfigError
-from tests.support.config_json import refusal, small
-
-CLASSES = {
-    "mistral": transformers.MistralConfig,
-    "mixtral": transformers.MixtralConfig,
-    "ministral": transformers.MinistralConfig,
-}
-
-
-def of_transformers(config: dict[str, Any]) -> Any:
-    """The config object of transformers for the same JSON."""
-    return CLASSES[config["model_type"]](**{key: value for key, value in config.items() if key != "model_type"})
+from tests.support.config_json import of_transformers, refusal, small
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "llama"}, 'model_type = "llama", but Cierzo builds mistral, mixtral, ministral only'),
-        ({"model_type": "ministral3"}, 'model_type = "ministral3"'),
+        (
+            {"model_type": "gemma"},
+            'model_type = "gemma", but Cierzo builds mistral, mixtral, ministral, ministral3, llama',
+        ),
+        ({"model_type": "gemma"}, "only, and the text side of mistral3 and llava"),
+        ({"model_type": "llava"}, "LlavaForConditionalGeneration takes images"),
+        (
+            {"model_type": "mistral3"},
+            "the vision tower, the projector behind it and the places of image tokens are missing",
+        ),
+        ({"model_type": "mistral3"}, "--text-only"),
         ({"model_type": None}, "a string belongs there"),
         ({"hidden_act": "xielu"}, 'hidden_act = "xielu", but Cierzo computes gelu'),
         ({"architectures": ["MistralForSequenceClassification"]}, "Cierzo computes MistralForCausalLM"),
@@ -38,7 +36,7 @@ def of_transformers(config: dict[str, Any]) -> Any:
         ({"quux": 1}, "quux = 1, but Cierzo does not know what that means for mistral"),
         ({"quux": 1}, "--ignore-config-key quux"),
         ({"num_experts_per_tok": 2}, "does not know what that means for mistral"),
-        ({"attention_bias": True}, "attention_bias = true, but the projections of Cierzo's model have no bias"),
+        ({"attention_bias": True}, "attention_bias = true, but the projections of this architecture have no bias"),
         ({"mlp_bias": True}, "have no bias"),
         ({"partial_rotary_factor": 0.5}, "rotates all"),
         ({"partial_rotary_factor": True}, "rotates all"),
@@ -59,7 +57,10 @@ def of_transformers(config: dict[str, Any]) -> Any:
         ({"use_sliding_window": False}, "mistral does not read this key and goes by sliding_window, which is 5"),
         ({"use_sliding_window": True, "sliding_window": None}, "goes by sliding_window, which is None"),
         ({"use_sliding_window": 1}, "true or false belongs there"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "the model_type of these weights is ministral"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "the model_type of these weights is another one, such as ministral",
+        ),
         ({"layer_types": ["full_attention"] * 2}, "would mask by that alone"),
         ({"layer_types": ["sliding_attention"]}, "it has 1 entries for 2 layers"),
         ({"layer_types": ["chunked_attention"] * 2}, "sliding_attention and full_attention only"),
@@ -83,6 +84,15 @@ def of_transformers(config: dict[str, Any]) -> Any:
         ({"bos_token_id": [1, 2]}, "a text begins with one token"),
         ({"bos_token_id": 99}, "bos_token_id is 99"),
         ({"max_position_embeddings": 0}, "at least 1"),
+        ({"max_position_embeddings": 2**31}, "no model has more than 2,147,483,647"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, but no model has more than 1,024"),
+        ({"num_attention_heads": 10**9}, "no model has more than 16,384"),
+        ({"hidden_size": 10**9}, "hidden_size is 1,000,000,000, and no model has more than"),
+        ({"hidden_size": 10**400}, "no model has more than"),
+        ({"rope_theta": 10**400}, "finite and greater than zero"),
+        ({"rms_norm_eps": 10**400}, "finite and greater than zero"),
+        ({"rms_norm_eps": 1e-300}, "to mean anything in float32"),
+        ({"quux": "\ud800"}, 'quux = "\\ud800"'),
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value),
 )
@@ -93,9 +103,12 @@ def test_refusals(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 must lie between 1 and num_local_experts = 8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok = 9 must lie between 1 and the number of experts = 8"),
         ({"num_experts_per_tok": 0}, "at least 1"),
         ({"num_local_experts": None}, "an integer belongs there"),
+        ({"num_local_experts": 4, "num_experts": 8}, "num_local_experts says another number"),
+        ({"num_local_experts": 10**9}, "no model has more than 4,096"),
+        ({"num_local_experts": 4096, "num_hidden_layers": 17}, "experts_of_all_layers is 69,632"),
     ],
 )
 def test_mixtral_refusals(changes: dict[str, Any], words: str) -> None:
@@ -122,7 +135,8 @@ def test_ignored_keys_are_passed_over_and_consumed_ones_are_not() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"architecture": "llama"},
+        {"architecture": "gemma"},
+        {"architecture": "qwen3_moe"},
         {"num_heads": 0},
         {"layer_windows": (5,)},
         {"layer_windows": (5, 0)},
@@ -131,6 +145,13 @@ def test_ignored_keys_are_passed_over_and_consumed_ones_are_not() -> None:
         {"moe": MoEConfig(4, 2)},
         {"dtype": "float64"},
         {"max_position_embeddings": 0},
+        {"num_layers": 1025, "layer_windows": (None,) * 1025},
+        {"vocab_size": 2**24 + 1},
+        {"norm_eps": 2.0},
+        {"position_limit": 0},
+        {"query_scaling": QueryScaling(0.0, 16)},
+        {"query_scaling": QueryScaling(float("nan"), 16)},
+        {"query_scaling": QueryScaling(0.1, 0)},
     ],
     ids=str,
 )

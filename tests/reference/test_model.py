@@ -22,6 +22,8 @@ from tests.support.parity import fill, largest_error
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 16}
 
+SCALED = {"llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 7}
+
 CASES: list[dict[str, Any]] = [
     {},
     {"window": None, "num_kv_heads": 4, "tie": True},
@@ -40,6 +42,18 @@ CASES: list[dict[str, Any]] = [
     ),
     {"architecture": "mixtral", "window": None, "expert_layout": "stacked", "activation": "gelu"},
     {"architecture": "mixtral", "dtype": "float16", "shards": 3, "tie": True, "activation": "relu2"},
+    {"architecture": "llama", "attention_bias": True, "mlp_bias": True, "rope": LLAMA3 | STRETCHED},
+    {"architecture": "llama", "num_kv_heads": 4, "rope": {"rope_type": "dynamic", "factor": 2.0}, "tie": True},
+    {"architecture": "qwen2", "num_layers": 3, "layer_windows": [None, 4, None], "generation": "old", "tie": True},
+    {"architecture": "qwen3", "attention_bias": True, "layer_windows": [3, None], "head_dim": 12},
+    {"architecture": "qwen3", "window": None, "tie": True, "shards": 3, "dtype": "bfloat16"},
+    {"architecture": "qwen3_moe", "num_experts": 8, "top_k": 3, "window": None},
+    {"architecture": "qwen3_moe", "attention_bias": True, "expert_layout": "stacked", "tie": True, "shards": 2},
+    {"architecture": "phi3", "window": 3, "activation": "gelu"},
+    {"architecture": "phi3", "num_kv_heads": 1, "window": None, "head_dim": 6, "tie": True},
+    {"architecture": "ministral3", "window": None},
+    {"architecture": "ministral3", "rope": SCALED, "tie": True},
+    {"architecture": "ministral3", "rope": SCALED | {"rope_type": "yarn", "factor": 4.0}, "generation": "old"},
 ]
 
 

@@ -6,24 +6,14 @@ import json
 from typing import Any
 
 import pytest
-import transformers
+import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from reference.config import ModelConfig
+from reference.rope import inverse_frequencies
 from reference.rope_config import RopeConfig
 from runtime.errors import ConfigError
-from tests.support.config_json import refusal, small
-
-CLASSES = {
-    "mistral": transformers.MistralConfig,
-    "mixtral": transformers.MixtralConfig,
-    "ministral": transformers.MinistralConfig,
-}
-
-
-def of_transformers(config: dict[str, Any]) -> Any:
-    """The config object of transformers for the same JSON."""
-    return CLASSES[config["model_type"]](**{key: value for key, value in config.items() if key != "model_type"})
+from tests.support.config_json import of_transformers, refusal, small
 
 
 def test_theta_inside_or_outside() -> None:
@@ -79,22 +69,48 @@ def test_equal_old_and_new_spelling_may_stand_together() -> None:
     assert ModelConfig.from_hf(config).rope.factor == 2.0
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "su", "mrope", "nonsense"])
+@pytest.mark.parametrize("kind", ["proportional", "mrope", "nonsense"])
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
 def test_other_rope_types_are_refused(kind: str, spelling: str) -> None:
     message = refusal(small(rope_scaling={spelling: kind, "factor": 2.0}))
     assert f'rope_scaling.{spelling} = "{kind}"' in message
-    assert "default, linear, llama3, yarn" in message
+    assert "default, linear, dynamic, llama3, yarn" in message
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su"])
+def test_rope_of_two_sets_of_frequencies_is_refused_by_name(kind: str) -> None:
+    message = refusal(small(rope_scaling={"type": kind, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}))
+    assert f'rope_scaling.type = "{kind}"' in message
+    assert "longrope" in message
+
+
+def test_dynamic_rope_is_the_default_one_up_to_its_limit() -> None:
+    config = ModelConfig.from_hf(small(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_theta=5e5))
+    assert config.rope == RopeConfig(theta=5e5, type="dynamic", factor=2.0)
+    assert config.position_limit == config.max_position_embeddings == 512
+    assert ModelConfig.from_hf(small()).position_limit is None
+    theirs = of_transformers(small(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}))
+    for length in (None, 1, 511, 512):
+        frequencies, factor = ROPE_INIT_FUNCTIONS["dynamic"](theirs, seq_len=length)
+        assert torch.equal(frequencies, inverse_frequencies(config.rope, config.head_dim))
+        assert factor == 1.0
+    frequencies, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, seq_len=513)
+    assert not torch.equal(frequencies, inverse_frequencies(config.rope, config.head_dim))
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
+        ({"rope_scaling": {"type": "dynamic"}}, "no rope_scaling.factor"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2, "original_max_position_embeddings": 64}},
+            "RoPE type dynamic has no such parameter",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "no rope_scaling.factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor = 0, but it must be finite"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'rope_scaling.factor = "2", but a number'),
         ({"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling.factor = true, but a number"),
-        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "type says 'linear'"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, 'type says "linear"'),
         ({"rope_scaling": {"type": "linear", "factor": 2, "depth": 1}}, "--ignore-config-key rope_scaling.depth"),
         ({"rope_scaling": {"type": "default", "factor": 2}}, "RoPE type default has no such parameter"),
         ({"rope_scaling": "linear"}, "an object or null"),
@@ -135,7 +151,7 @@ def test_ignored_rope_key() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"type": "dynamic"}, {"theta": 0.0}, {"factor": float("nan")}, {"type": "yarn"}, {"type": "llama3"}],
+    [{"type": "longrope"}, {"theta": 0.0}, {"factor": float("nan")}, {"type": "yarn"}, {"type": "llama3"}],
     ids=str,
 )
 def test_rope_config_refuses_contradictions_at_construction(changes: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ CASES: list[tuple[dict[str, Any], list[int | None]]] = [
     ({"window": None, "tie": True}, [None, None]),
     ({"architecture": "ministral", "num_layers": 3, "layer_windows": [4, None, 4]}, [4, None, 4]),
     ({"architecture": "mixtral", "num_experts": 8, "top_k": 3}, [5, 5]),
+    ({"architecture": "qwen3", "attention_bias": True, "window": None}, [None, None]),
+    ({"architecture": "ministral3"}, [5, 5]),
 ]
 LONGEST = 40
 
@@ -70,6 +73,19 @@ def test_a_ring_of_w_plus_t_minus_1_slots_is_enough(
         ids = torch.randint(0, 64, (3, length), generator=torch.Generator().manual_seed(length))
         logits = run(step, ids, slots, chunk, seed=length)
         assert torch.allclose(logits, model(ids), rtol=0, atol=1e-11), length
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_every_layer_may_have_a_window_of_its_own(chunk: int) -> None:
+    windows = [3, None, 7, 1]
+    opened = open_checkpoint(checkpoint(num_layers=4))
+    config = replace(opened.config, layer_windows=tuple(windows))
+    own = replace(opened, config=config)
+    model = fill(Model(config, device="meta", dtype=WIDE), own, WIDE)
+    step = fill(Step(config, device="meta", dtype=WIDE), own, WIDE)
+    slots = [LONGEST if window is None else window + chunk - 1 for window in windows]
+    ids = torch.randint(0, 64, (3, LONGEST), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(run(step, ids, slots, chunk, seed=1), model(ids), rtol=0, atol=1e-11)
 
 
 def test_one_slot_less_is_too_few() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reference.checkpoint import SINGLE_FILE, open_checkpoint
-from reference.weights import bind, load_parameter, parameter_shapes
+from reference.weights import bind, load_parameter, parameter_shapes, unused_reason
 from runtime.errors import CheckpointError
 from tests.support.checkpoints import load_oracle, make_checkpoint
+from tests.support.twins import make_twin, published, shrunk
 
 
 def replace_tensors(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
@@ -35,16 +37,27 @@ def refusal(folder: Path) -> str:
 
 
 def ours(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, text_only=True)
     return {name: load_parameter(checkpoint, source, dtype) for name, source in bind(checkpoint).items()}
 
 
 def theirs(folder: Path) -> dict[str, torch.Tensor]:
     """The parameters that transformers loads from the folder, under the names of the reference model."""
     parameters: dict[str, torch.Tensor] = {}
-    for stored, tensor in load_oracle(folder).named_parameters():
-        name = stored.removeprefix("model.")
-        if name.endswith("mlp.experts.gate_up_proj"):
+    oracle = load_oracle(folder)
+    for stored, tensor in oracle.named_parameters():
+        if "vision_tower" in stored or "multi_modal" in stored:
+            continue
+        name = stored.removeprefix("model.").removeprefix("language_model.")
+        if name.endswith("qkv_proj.weight"):
+            config = oracle.config
+            rows = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+            parts = tensor.split([count * (tensor.shape[0] // sum(rows)) for count in rows])
+            parameters |= {name.replace("qkv", which): part for which, part in zip("qkv", parts, strict=True)}
+        elif name.endswith("mlp.gate_up_proj.weight"):
+            halves = zip(("gate", "up"), tensor.chunk(2), strict=True)
+            parameters |= {name.replace("gate_up", which): half for which, half in halves}
+        elif name.endswith("mlp.experts.gate_up_proj"):
             gate, up = tensor.chunk(2, dim=1)
             prefix = name.removesuffix("mlp.experts.gate_up_proj") + "moe."
             parameters |= {prefix + "gate_proj": gate, prefix + "up_proj": up}
@@ -67,6 +80,14 @@ CASES = [
     {"architecture": "mixtral", "num_experts": 1, "top_k": 1},
     {"architecture": "mixtral", "expert_layout": "stacked", "shards": 2},
     {"architecture": "mixtral", "expert_layout": "stacked", "tie": True},
+    {"architecture": "llama", "attention_bias": True, "mlp_bias": True},
+    {"architecture": "qwen2", "dtype": "bfloat16", "shards": 2},
+    {"architecture": "qwen3", "attention_bias": True, "tie": True},
+    {"architecture": "qwen3_moe", "num_experts": 8, "top_k": 3, "shards": 3},
+    {"architecture": "qwen3_moe", "expert_layout": "stacked", "attention_bias": True},
+    {"architecture": "phi3", "head_dim": 6, "num_kv_heads": 1},
+    {"architecture": "phi3", "tie": True, "dtype": "float16"},
+    {"architecture": "ministral3"},
 ]
 
 
@@ -82,11 +103,14 @@ def test_every_parameter_is_that_of_transformers(tmp_path: Path, case: dict[str,
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_two_expert_layouts_give_equal_parameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "architecture,expert", [("mixtral", "block_sparse_moe.experts.0.w1"), ("qwen3_moe", "mlp.experts.0.gate_proj")]
+)
+def test_two_expert_layouts_give_equal_parameters(tmp_path: Path, architecture: str, expert: str) -> None:
     layouts = ("per_expert", "stacked")
-    folders = [make_checkpoint(tmp_path / layout, architecture="mixtral", expert_layout=layout) for layout in layouts]
+    folders = [make_checkpoint(tmp_path / name, architecture=architecture, expert_layout=name) for name in layouts]
     assert any("experts.gate_up_proj" in name for name in open_checkpoint(folders[1]).tensors)
-    assert any("block_sparse_moe.experts.0.w1" in name for name in open_checkpoint(folders[0]).tensors)
+    assert any(expert in name for name in open_checkpoint(folders[0]).tensors)
     one, other = (ours(folder) for folder in folders)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -99,6 +123,37 @@ def test_shapes_of_the_sources(tmp_path: Path) -> None:
             assert source.parameter == name
             assert load_parameter(checkpoint, source, torch.float32).shape == source.shape
             assert all(checkpoint.tensors[piece.tensor].shape == piece.tensor_shape for piece in source.pieces)
+
+
+@pytest.mark.parametrize("old_names", [True, False])
+@pytest.mark.parametrize("name", ["Pixtral-12B", "Mistral-Small-3.1-24B", "Ministral-3-3B"])
+def test_the_text_side_of_a_model_with_a_vision_tower(tmp_path: Path, name: str, old_names: bool) -> None:
+    """Names of both generations, tied and not; what reads images is declared unused, and only where that was asked."""
+    folder = make_twin(tmp_path, shrunk(published(name)), old_names=old_names)
+    checkpoint = open_checkpoint(folder, text_only=True)
+    prefix = "language_model.model." if old_names else "model.language_model."
+    assert prefix + "embed_tokens.weight" in checkpoint.tensors
+    loaded, expected = ours(folder), theirs(folder)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+    used = {piece.tensor for source in bind(checkpoint).values() for piece in source.pieces}
+    images = [name for name in checkpoint.tensors if name not in used]
+    assert {name.removeprefix("model.").split(".")[0] for name in images} == {"vision_tower", "multi_modal_projector"}
+    for unread in images:
+        assert unused_reason(checkpoint.config, unread, text_only=True) is not None
+        assert unused_reason(checkpoint.config, unread) is None
+    with pytest.raises(CheckpointError, match="has no use for"):
+        bind(replace(checkpoint, text_only=False))
+
+
+def test_a_wrapper_whose_head_is_stored_though_tied(tmp_path: Path) -> None:
+    folder = make_twin(tmp_path, shrunk(published("Ministral-3-3B")))
+    embedding = load_file(folder / SINGLE_FILE)["language_model.model.embed_tokens.weight"]
+    replace_tensors(folder, {"language_model.lm_head.weight": embedding.clone()})
+    assert "lm_head.weight" not in ours(folder)
+    replace_tensors(folder, {"language_model.lm_head.weight": embedding + 1})
+    with pytest.raises(CheckpointError, match=r"its language_model\.lm_head\.weight differs from language_model"):
+        bind(open_checkpoint(folder, text_only=True))
 
 
 def test_a_tied_head_may_be_stored_too_or_alone(tmp_path: Path) -> None:

@@ -25,7 +25,15 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
+    "ministral3": (transformers.Ministral3Config, transformers.Ministral3ForCausalLM),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
 }
+_LAYER_TYPES = ("ministral", "qwen2", "qwen3")
+"""Architectures whose layers may differ."""
 
 TOKENIZER_VOCAB_SIZE = 260
 """The least vocabulary with a tokenizer: 0 <unk>, 1 <s>, 2 </s>, 3 [INST], and 4 to 259 the 256 bytes."""
@@ -64,14 +72,18 @@ def make_checkpoint(
     expert_layout: str = "per_expert",
     tokenizer: bool = False,
     eos_token_id: int | list[int] | None = 2,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a tiny random checkpoint into `folder` (made if missing) and return its path.
 
-    architecture: "mistral", "mixtral" (num_experts, top_k) or "ministral" (layer_windows).
-    window: W of every layer, or None for full causal attention.
-    layer_windows: only for "ministral": W or None for each layer; all that slide must have the same W.
-    rope: rotary parameters beside theta, for example {"rope_type": "linear", "factor": 2.0}.
+    architecture: one that Cierzo has a row for, such as "mixtral" (num_experts, top_k) or "qwen3" (layer_windows).
+    window: W of every layer, or None for full causal attention; "llama" has none.
+    layer_windows: only for "ministral", "qwen2" and "qwen3": W or None for each layer; all that slide have the same W.
+    rope: rotary parameters beside theta, for example {"rope_type": "linear", "factor": 2.0}. "ministral3" needs
+        llama_4_scaling_beta and original_max_position_embeddings there, 0.1 and 8 when rope is None.
+    attention_bias, mlp_bias: only where the class has such a key.
     dtype: "float32", "float16" or "bfloat16": how the tensors are stored.
     shards: 1 writes model.safetensors; more writes that many shards and model.safetensors.index.json.
     generation: "new" leaves config.json as transformers 5 wrote it; "old" spells it as the published checkpoints do
@@ -106,13 +118,14 @@ def make_checkpoint(
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta} | (rope or {}),
         "attn_implementation": "eager",
     }
-    if architecture == "mixtral":
-        settings |= {"num_local_experts": num_experts, "num_experts_per_tok": top_k}
+    settings |= _of_architecture(architecture, settings, num_experts, top_k)
+    settings |= {"attention_bias": True} if attention_bias else {}
+    settings |= {"mlp_bias": True} if mlp_bias else {}
     if layer_windows is not None:
-        settings |= _ministral_layers(architecture, num_layers, layer_windows)
+        settings |= _layers_of_two_kinds(architecture, num_layers, layer_windows)
 
     model = model_class(config_class(**settings))
-    _randomise(model, torch.Generator().manual_seed(seed))
+    randomise(model, torch.Generator().manual_seed(seed))
     model.to(getattr(torch, dtype)).save_pretrained(folder, save_original_format=expert_layout == "per_expert")
     if shards > 1:
         _shard(folder, shards)
@@ -129,7 +142,8 @@ def load_oracle(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     In float64 it still computes RMSNorm, softmax, the router and RoPE's angles in float32, as transformers' source
     says, so two float64 results may differ by about 1e-6.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    (name,) = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"]
+    model = getattr(transformers, name).from_pretrained(
         Path(folder), dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True
     )
     return model.eval().requires_grad_(False)
@@ -142,29 +156,52 @@ def oracle_logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _ministral_layers(
+def _of_architecture(architecture: str, settings: dict[str, Any], num_experts: int, top_k: int) -> dict[str, Any]:
+    """What the architecture's class wants beside, or instead of, the common settings."""
+    slides = settings["sliding_window"] is not None
+    if architecture == "mixtral":
+        return {"num_local_experts": num_experts, "num_experts_per_tok": top_k}
+    if architecture == "qwen3_moe":
+        experts = {"num_experts": num_experts, "num_experts_per_tok": top_k, "norm_topk_prob": True}
+        return experts | {"moe_intermediate_size": settings["intermediate_size"], "use_sliding_window": slides}
+    if architecture in ("qwen2", "qwen3"):
+        return {"use_sliding_window": slides, "max_window_layers": 0}
+    if architecture == "llama":
+        return {"sliding_window": None}
+    if architecture == "phi3":
+        return {"pad_token_id": 0}
+    if architecture == "ministral3":
+        scaling = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8}
+        return {"rope_parameters": scaling | settings["rope_parameters"]}
+    return {}
+
+
+def _layers_of_two_kinds(
     architecture: str, num_layers: int, layer_windows: Sequence[int | None]
 ) -> dict[str, int | list[str] | None]:
-    if architecture != "ministral":
-        raise ValueError("layer_windows needs architecture='ministral': the others have one window for all layers")
+    if architecture not in _LAYER_TYPES:
+        raise ValueError(f"layer_windows needs one of {_LAYER_TYPES}: the others have one window for all layers")
     if len(layer_windows) != num_layers:
         raise ValueError(f"layer_windows has {len(layer_windows)} entries for {num_layers} layers")
     windows = sorted({window for window in layer_windows if window is not None})
     if len(windows) > 1:
         raise ValueError(f"a Hugging Face config holds one sliding_window, not {windows}")
     kinds = ["full_attention" if window is None else "sliding_attention" for window in layer_windows]
-    return {"layer_types": kinds, "sliding_window": windows[0] if windows else None}
+    settings = {"layer_types": kinds, "sliding_window": windows[0] if windows else None}
+    return settings | ({} if architecture == "ministral" else {"use_sliding_window": bool(windows)})
 
 
-def _randomise(model: Any, generator: torch.Generator) -> None:
-    """Normal weights with standard deviation gain / sqrt(fan-in); norm weights uniform in [0.7, 1.3]."""
-    gains = {"q_proj": 1.5, "k_proj": 1.5, "lm_head": 2.0, "gate.weight": 2.0}
+def randomise(model: Any, generator: torch.Generator) -> None:
+    """Normal weights with standard deviation gain / sqrt(fan-in), biases 0.5; norm weights uniform in [0.7, 1.3]."""
+    gains = {"q_proj": 1.5, "k_proj": 1.5, "qkv_proj": 1.5, "lm_head": 2.0, "gate.weight": 2.0}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.6 + 0.7)
                 continue
-            if "embed_tokens" in name:
+            if name.endswith(".bias"):
+                deviation = 0.5
+            elif "embed_tokens" in name:
                 # A tied embedding is also the output projection and keeps the logits in the same range.
                 deviation = 2.0 / math.sqrt(parameter.shape[-1]) if model.config.tie_word_embeddings else 1.0
             else:
@@ -196,7 +233,8 @@ def _spell_as_old_generation(path: Path) -> None:
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
-    config["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
+    rope.pop("partial_rotary_factor", None)  # Phi-3's class writes its 1.0 out
+    config["rope_scaling"] = None if kind == "default" and not rope else {"type": kind} | rope
     config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.42.0"
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
