@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS
+from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, WEIGHT_KINDS
 
 __all__ = ["export"]
 
@@ -18,7 +18,9 @@ def export(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    weights: str = "fp32",
+    weights: str = WEIGHT_KINDS[0],
+    copy: bool = False,
+    hashes: bool = True,
     chunk: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     context: int | None = None,
@@ -26,6 +28,8 @@ def export(
     dump_passes: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     ignore_config_keys: Collection[str] = (),
+    layout: str | None = None,
+    text_only: bool = False,
     frontend: str = FRONTENDS[0],
     attention: str | None = None,
 ) -> Path:
@@ -36,6 +40,8 @@ def export(
         checkpoint,
         out,
         weights=weights,
+        copy=copy,
+        hashes=hashes,
         chunk=chunk,
         max_batch=max_batch,
         context=context,
@@ -43,6 +49,8 @@ def export(
         dump_passes=dump_passes,
         progress=progress,
         ignore_config_keys=ignore_config_keys,
+        layout=layout,
+        text_only=text_only,
         frontend=frontend,
         attention=attention,
     )

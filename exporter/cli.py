@@ -15,7 +15,14 @@ from typing import Any
 import click
 
 from exporter.cli_generate import generate
-from exporter.cli_options import EXISTING, FOLDER, ignore_option, json_option
+from exporter.cli_options import (
+    EXISTING,
+    FOLDER,
+    ignore_option,
+    json_option,
+    layout_option,
+    text_only_option,
+)
 from exporter.cli_parity import bisect, validate
 from exporter.console import (
     READER_GONE,
@@ -93,13 +100,15 @@ def cli(settings: Settings, debug: bool) -> None:
 
 @cli.command()
 @click.argument("path", type=EXISTING)
+@layout_option
+@text_only_option
 @ignore_option
 @json_option
-def inspect(path: Path, ignored: tuple[str, ...], as_json: bool) -> None:
-    """Parameters, KV memory and receptive field of a checkpoint, a config.json or a bundle at PATH."""
+def inspect(path: Path, layout: str | None, text_only: bool, ignored: tuple[str, ...], as_json: bool) -> None:
+    """Parameters, KV memory and receptive field of a checkpoint, its config or a bundle at PATH."""
     from exporter.inspect import inspect_path, render
 
-    report = inspect_path(path, ignore_config_keys=ignored)
+    report = inspect_path(path, ignore_config_keys=ignored, layout=layout, text_only=text_only)
     if as_json:
         print_json(report.to_json())
     else:
@@ -109,7 +118,15 @@ def inspect(path: Path, ignored: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @click.argument("checkpoint", type=EXISTING)
 @click.argument("out", type=FOLDER)
-@click.option("--weights", type=click.Choice(WEIGHT_KINDS), default=WEIGHT_KINDS[0], show_default=True, help="Type.")
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHT_KINDS),
+    default=WEIGHT_KINDS[0],
+    show_default=True,
+    help="As the checkpoint stores them, or converted. Both compute in float32.",
+)
+@click.option("--copy", is_flag=True, help="Copy the weights into OUT instead of linking the checkpoint's files.")
+@click.option("--no-hash", is_flag=True, help="Do not read the checkpoint's files for the sake of their hashes.")
 @click.option("--chunk", type=click.IntRange(min=1), help="Most tokens of a row in one step.  [default: chosen]")
 @click.option(
     "--max-batch", type=click.IntRange(min=1), default=DEFAULT_MAX_BATCH, show_default=True, help="Most rows."
@@ -129,12 +146,16 @@ def inspect(path: Path, ignored: tuple[str, ...], as_json: bool) -> None:
 )
 @click.option("--no-prove", is_flag=True, help="Do not run each rewritten region against the original.")
 @click.option("--dump-passes", type=FOLDER, help="Write the graph after each pass into this folder.")
+@layout_option
+@text_only_option
 @ignore_option
 @json_option
 def export(
     checkpoint: Path,
     out: Path,
     weights: str,
+    copy: bool,
+    no_hash: bool,
     chunk: int | None,
     max_batch: int,
     context: int | None,
@@ -142,17 +163,25 @@ def export(
     attention: str | None,
     no_prove: bool,
     dump_passes: Path | None,
+    layout: str | None,
+    text_only: bool,
     ignored: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Compile CHECKPOINT (a Hugging Face folder) into the bundle OUT, a folder that must not exist yet."""
+    """Compile CHECKPOINT (a folder in Hugging Face's layout or Mistral's own) into the new folder OUT, the bundle.
+
+    The weights stay in the checkpoint's files, which OUT gets hard links to: no weight is copied or converted.
+    """
     from exporter import export as run
+    from runtime.manifest import COPIED, FOLDER, LINKED
 
     with progress_bars(quiet=as_json) as progress:
         bundle = run(
             checkpoint,
             out,
             weights=weights,
+            copy=copy,
+            hashes=not no_hash,
             chunk=chunk,
             max_batch=max_batch,
             context=context,
@@ -160,19 +189,32 @@ def export(
             dump_passes=dump_passes,
             progress=progress,
             ignore_config_keys=ignored,
+            layout=layout,
+            text_only=text_only,
             frontend=frontend,
             attention=attention,
         )
-    size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
-    fusion = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["fusion"]
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    fusion, weights_at = manifest["fusion"], manifest["weights"]
+    referenced = 0 if weights_at["placement"] == COPIED else sum(e["bytes"] for e in weights_at["files"].values())
+    files = [path for path in bundle.iterdir() if referenced == 0 or path.name not in weights_at["files"]]
+    size = sum(path.stat().st_size for path in files)
     if as_json:
-        print_json({"bundle": str(bundle), "bytes": size, "fusion": fusion})
+        where = {key: weights_at[key] for key in ("kind", "placement", "folder")}
+        print_json(
+            {"bundle": str(bundle), "bytes": size, "referenced_bytes": referenced, "weights": where, "fusion": fusion}
+        )
     else:
         from exporter.fusion_table import draw_fusion
 
         for table in draw_fusion(fusion):
             output().print(table)
-        click.echo(f"wrote {bundle} ({size / 1e6:,.1f} MB)")
+        kept = {
+            COPIED: "",
+            LINKED: f"; {referenced / 1e6:,.1f} MB of weights are the checkpoint's files, linked",
+            FOLDER: f"; {referenced / 1e6:,.1f} MB of weights stay in {weights_at['folder']}",
+        }
+        click.echo(f"wrote {bundle} ({size / 1e6:,.1f} MB{kept[weights_at['placement']]})")
 
 
 @cli.command()

@@ -11,8 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli_options import EXISTING, backend_option, json_option
-from exporter.console import print_json, progress_bars
+from exporter.cli_options import EXISTING, backend_option, json_option, verify_option, weights_folder_option
+from exporter.console import name_unverified, print_json, progress_bars
 
 if TYPE_CHECKING:
     from runtime import Session
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
 @backend_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: one per physical core]")
+@weights_folder_option
+@verify_option
 @json_option
 def generate(
     bundle: Path,
@@ -51,6 +53,8 @@ def generate(
     stops: tuple[str, ...],
     backend: str | None,
     threads: int | None,
+    weights_folder: Path | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Continue PROMPT with BUNDLE, as far past the window as you like.
@@ -67,7 +71,10 @@ def generate(
     with progress_bars(quiet=as_json) as progress:
         if progress is not None:
             progress("load", 0, 0)
-        session = load(bundle, backend=backend, threads=threads)
+        session = load(
+            bundle, backend=backend, threads=threads, verify=verify, weights_folder=weights_folder, progress=progress
+        )
+    name_unverified(session.unverified)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from exporter.defaults import LAYOUTS
+
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -18,3 +20,15 @@ ignore_option = click.option(
     metavar="KEY",
     help="Accept this unknown key of config.json, of which you know that it changes nothing. Repeatable.",
 )
+layout_option = click.option(
+    "--layout", type=click.Choice(LAYOUTS), help="Which layout to read.  [default: the one that the folder has]"
+)
+text_only_option = click.option(
+    "--text-only", is_flag=True, help="Take the language model out of a checkpoint that reads images as well."
+)
+weights_folder_option = click.option(
+    "--weights-folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the checkpoint's files are, if they were moved after the export.",
+)
+verify_option = click.option("--verify", is_flag=True, help="Compare the hash of every file first.")

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import click
 
-from exporter.cli_options import EXISTING, FOLDER, backend_option, json_option
-from exporter.console import output, print_json, progress_bars
+from exporter.cli_options import (
+    EXISTING,
+    FOLDER,
+    backend_option,
+    json_option,
+    verify_option,
+    weights_folder_option,
+)
+from exporter.console import name_unverified, output, print_json, progress_bars
 
 PARITY_FAILED = 1
 
@@ -23,6 +30,8 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 @click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write an HTML report there."
 )
+@weights_folder_option
+@verify_option
 @json_option
 def validate(
     bundle: Path,
@@ -31,6 +40,8 @@ def validate(
     seed: int,
     layers: bool,
     report: Path | None,
+    weights_folder: Path | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Hold BUNDLE against the reference model of CHECKPOINT, by default the one that it was made from.
@@ -47,9 +58,18 @@ def validate(
             from exporter.parity_tools import require_polygraphy
 
             require_polygraphy()  # before the other checks take their time
-        outcome = run(bundle, checkpoint, backend=backend, seed=seed, progress=progress)
+        outcome = run(
+            bundle,
+            checkpoint,
+            backend=backend,
+            seed=seed,
+            verify=verify,
+            weights_folder=weights_folder,
+            progress=progress,
+        )
         if layers:
-            by_module = compare_layers(bundle, checkpoint, seed=seed, progress=progress)
+            by_module = compare_layers(bundle, checkpoint, seed=seed, weights_folder=weights_folder, progress=progress)
+    name_unverified(outcome.unverified)
     if report is not None:
         from exporter.html_report import write_html
 
@@ -75,8 +95,11 @@ def validate(
 @click.argument("checkpoint", type=EXISTING, required=False)
 @click.option("--out", type=FOLDER, required=True, help="Write the smallest failing model into this new folder.")
 @seed_option
+@weights_folder_option
 @json_option
-def bisect(bundle: Path, checkpoint: Path | None, out: Path, seed: int, as_json: bool) -> None:
+def bisect(
+    bundle: Path, checkpoint: Path | None, out: Path, seed: int, weights_folder: Path | None, as_json: bool
+) -> None:
     """Name the pass, the layer and the node of BUNDLE that compute something else than CHECKPOINT says.
 
     Exits 0 when no node does, 1 when one was found, 2 when it could not be run.
@@ -85,7 +108,7 @@ def bisect(bundle: Path, checkpoint: Path | None, out: Path, seed: int, as_json:
     from exporter.bisect.search import bisect as run
 
     with progress_bars(quiet=as_json) as progress:
-        outcome = run(bundle, checkpoint, out, seed=seed, progress=progress)
+        outcome = run(bundle, checkpoint, out, seed=seed, weights_folder=weights_folder, progress=progress)
     if as_json:
         print_json(outcome.to_json())
     else:

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
-import onnx
 import onnx_ir as ir
 
-from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, WEIGHT_KINDS
+from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, TRACING, WEIGHT_KINDS
+from exporter.describe import version
 from exporter.frontends import REFERENCE, Frontend, open_frontend, trace
+from exporter.partial import remove_leftovers
+from exporter.placement import foresee
 from exporter.plan import ExportPlan, make_plan
-from exporter.save import bundle_folder, file_entry, refuse_existing, refuse_full_disk, write_manifest
+from exporter.save import bundle_folder, refuse_existing, refuse_full_disk
 from exporter.stitch import stitch
-from exporter.trace import (
-    INPUT_IDS,
-    LOGITS,
-    START_POSITIONS,
-    TOKEN_COUNTS,
-    past_names,
-    present_names,
-)
-from exporter.weights import WEIGHTS_FILE, bind_weights, weight_bytes, write_weights
+from exporter.write import Job, plan_weights, write_bundle
 from graph_passes import pipeline
 from graph_passes.fuse.sliding_window import LONGEST_WINDOW
-from graph_passes.ops import DOMAIN, OPSET
+from graph_passes.ops import DOMAIN
 from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
 from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION
 from graph_passes.region import IR_VERSION
-from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.checkpoint import open_checkpoint
 from reference.torch_state import plain_torch
-from reference.weights import WeightSource, bind
+from reference.weights import bind
 from runtime.errors import ExportError, FusionError
-
-SCHEMA_VERSION = 1
-MODEL_FILE = "model.onnx"
-_GRAPH_ALLOWANCE = 64 << 20
-"""Disk space kept for everything that is not a weight."""
-
-_VERSIONED = ("cierzo", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+from runtime.tokenizer_files import has_tokenizer, needed_files
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,7 +36,9 @@ def export(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    weights: str = "fp32",
+    weights: str = WEIGHT_KINDS[0],
+    copy: bool = False,
+    hashes: bool = True,
     chunk: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     context: int | None = None,
@@ -60,46 +46,63 @@ def export(
     dump_passes: str | Path | None = None,
     progress: Progress | None = None,
     ignore_config_keys: Collection[str] = (),
+    layout: str | None = None,
+    text_only: bool = False,
     frontend: str = FRONTENDS[0],
     attention: str | None = None,
 ) -> Path:
-    """Compile the Hugging Face checkpoint in folder `checkpoint` into the bundle folder `out`, and return `out`.
+    """Compile the checkpoint in folder `checkpoint` into the bundle folder `out`, and return `out`.
 
-    weights: dtype of the bundle's weights and arithmetic; "fp32" so far.
+    weights: "stored" leaves every weight in the type and in the files that it has, and the graph says how it becomes
+        what is computed with; "fp32" converts into a file of the bundle, unless the checkpoint holds exactly that
+        already. Arithmetic is float32 in both, and so are the logits the same. Infinite values and such that are no
+        numbers are found only where values are read: with "fp32" and with `copy`.
+    copy: write the weights into the bundle, so that it needs no file of the checkpoint; else they are linked or named
+        (see `exporter.placement`).
+    hashes: record hashes of the checkpoint's files, which reads them once.
     chunk, max_batch, context: see `exporter.plan`.
     prove: hold every fusion numerically against the nodes that it replaces.
     dump_passes: a folder that gets the template's graph before and after each pass.
-    progress: called with (stage, done, total).
-    ignore_config_keys: keys of config.json that are known to change nothing.
+    progress: called with (stage, done, total), in bytes for the stages BYTE_STAGES of `exporter.defaults`.
+    ignore_config_keys, layout, text_only: see `open_checkpoint`.
     frontend, attention: what is traced, "reference" or "transformers", and for the latter with "sdpa" (the default) or
         "eager" attention; see `exporter.frontends`. The bundle is the same function with the same plugin nodes.
 
-    Raises ConfigError and CheckpointError for what the checkpoint is, ExportError and its children for everything
-    later. `out` exists afterwards, whole, or not at all.
+    Raises ConfigError, CheckpointError and TokenizerError for what the checkpoint is, ExportError and its children for
+    everything later. `out` exists afterwards, whole, or not at all.
     """
     target = Path(out).expanduser().absolute()
     if weights not in WEIGHT_KINDS:
         raise ExportError(f"weights = {weights!r} is not one that this version writes ({', '.join(WEIGHT_KINDS)}).")
     refuse_existing(target)
     dump_folder = None if dump_passes is None else _made_dump_folder(Path(dump_passes), target)
-    opened = open_checkpoint(checkpoint, ignore_config_keys=ignore_config_keys)
+    opened = open_checkpoint(checkpoint, ignore_config_keys=ignore_config_keys, layout=layout, text_only=text_only)
     chosen = open_frontend(frontend, attention, opened, ignore_config_keys)
-    sources = bind(opened)
+    tokenizer = needed_files(opened.tokenizer_files) if has_tokenizer(opened.tokenizer_files) else ()
+    placed = plan_weights(opened, bind(opened), weights, copy)
     plan = make_plan(opened.config, chunk=chunk, max_batch=max_batch, context=context)
-    refuse_full_disk(target, weight_bytes(sources) + _GRAPH_ALLOWANCE)
+    remove_leftovers(target)
+    refuse_full_disk(target, placed.disk_bytes)
+    if placed.file is None:
+        foresee(placed.files, target)
     model, report = build_graph(plan, frontend=chosen, prove=prove, dump_folder=dump_folder, progress=progress)
     options = {
+        "weights": weights,
+        "copy": copy,
+        "hashes": hashes,
         "frontend": chosen.name,
         "attention": chosen.attention,
-        "weights": weights,
         "chunk": plan.chunk,
         "max_batch": max_batch,
         "context": plan.context,
         "prove": prove,
         "ignore_config_keys": sorted(ignore_config_keys),
+        "layout": layout,
+        "text_only": text_only,
     }
+    fusion = {"nodes": expected_nodes(plan), **report.to_json()}
     with bundle_folder(target) as folder:
-        _write(folder, opened, sources, plan, model, report, chosen, options, progress)
+        write_bundle(folder, Job(opened, plan, placed, tokenizer, chosen, options, hashes), model, fusion, progress)
     return target
 
 
@@ -136,11 +139,11 @@ def build_graph(
             " only. If no text will be that long, set sliding_window to null there and give the --context you need."
         )
     if progress is not None:
-        progress("tracing", 0, 1)
+        progress(TRACING, 0, 1)
     template = trace(plan, frontend)
     twin = trace(plan.twin, frontend) if plan.twin is not None else None
     if progress is not None:
-        progress("tracing", 1, 1)
+        progress(TRACING, 1, 1)
     report = pipeline.run(
         template,
         expected_fusions(plan, len(plan.kinds)),
@@ -151,7 +154,7 @@ def build_graph(
     )
     model = stitch(template, plan)
     model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version = "cierzo", _version("cierzo")
+    model.producer_name, model.producer_version = "cierzo", version("cierzo")
     model.graph.name = f"{plan.config.architecture}-{plan.config.num_layers}"
     _check_nodes(model, plan)
     return model, report
@@ -190,100 +193,3 @@ def _check_nodes(model: ir.Model, plan: ExportPlan) -> None:
             f"The attention nodes were found to have the windows {windows} and config.json says {due} "
             f"({FULL} is full attention). Nothing was written."
         )
-
-
-def _write(
-    folder: Path,
-    checkpoint: Checkpoint,
-    sources: Mapping[str, WeightSource],
-    plan: ExportPlan,
-    model: ir.Model,
-    report: pipeline.PipelineReport,
-    frontend: Frontend,
-    options: Mapping[str, Any],
-    progress: Progress | None,
-) -> None:
-    """All files of the bundle, the manifest last."""
-    written = write_weights(checkpoint, sources, folder / WEIGHTS_FILE, progress)
-    bind_weights(model, written, folder)
-    proto = ir.to_proto(model)
-    (folder / MODEL_FILE).write_bytes(proto.SerializeToString(deterministic=True))
-    onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
-    for file in checkpoint.tokenizer_files:
-        shutil.copyfile(file, folder / file.name)
-    tokenizer = [file.name for file in checkpoint.tokenizer_files]
-    files = {name: file_entry(folder / name) for name in (MODEL_FILE, *tokenizer)}
-    files[WEIGHTS_FILE] = file_entry(folder / WEIGHTS_FILE, written.sha256)
-    write_manifest(
-        folder,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "cierzo_version": _version("cierzo"),
-            "model": _model_section(plan, sources),
-            "graph": {
-                "file": MODEL_FILE,
-                "opset": OPSET,
-                "input_ids": INPUT_IDS,
-                "start_positions": START_POSITIONS,
-                "token_counts": TOKEN_COUNTS,
-                "logits": LOGITS,
-            },
-            "kv": _kv_section(plan),
-            "weights": {"file": WEIGHTS_FILE, "dtype": options["weights"]},
-            "tokenizer": tokenizer,
-            "files": files,
-            "provenance": {
-                "checkpoint": str(checkpoint.path),
-                "versions": {name: _version(name) for name in (*_VERSIONED, *frontend.distributions)},
-                "options": dict(options),
-            },
-            "fusion": {"nodes": expected_nodes(plan), **report.to_json()},
-        },
-    )
-
-
-def _model_section(plan: ExportPlan, sources: Mapping[str, WeightSource]) -> dict[str, Any]:
-    config = plan.config
-    return {
-        "architecture": config.architecture,
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_ids": list(config.eos_token_ids),
-        "parameters": sum(math.prod(source.shape) for source in sources.values()),
-    }
-
-
-def _kv_section(plan: ExportPlan) -> dict[str, Any]:
-    layers = []
-    for layer, kind in enumerate(plan.kind_of_layer):
-        (past_key, past_value), (present_key, present_value) = past_names(layer), present_names(layer)
-        layers.append(
-            {
-                "window": plan.kinds[kind],
-                "capacity": plan.capacity(kind),
-                "past_key": past_key,
-                "past_value": past_value,
-                "present_key": present_key,
-                "present_value": present_value,
-            }
-        )
-    return {
-        "dtype": "float32",
-        "chunk": plan.chunk,
-        "max_batch": plan.max_batch,
-        "context": plan.context,
-        "layers": layers,
-    }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # run from a source tree that was never installed

@@ -13,9 +13,11 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
+
+from exporter.defaults import BYTE_STAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +69,8 @@ def print_json(value: Mapping[str, Any]) -> None:
 class ProgressBars:
     """Draws one bar at a time: that of the stage that was reported last, until it is complete.
 
+    Stages that count bytes (BYTE_STAGES) show amount, rate and time left, the others steps and the time that is gone.
+
     Between stages nothing is live, so whoever reports may print in between without tearing the bar.
     """
 
@@ -88,10 +92,25 @@ class ProgressBars:
             self.close()
 
     def _open(self, stage: str) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=self._console, transient=True)
+        counts = (
+            (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            if stage in BYTE_STAGES
+            else (MofNCompleteColumn(), TimeElapsedColumn())
+        )
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), *counts, console=self._console, transient=True
+        )
         self._bar.add_task(stage, total=None)
         self._bar.start()
         self._stage = stage
@@ -117,6 +136,13 @@ def progress_bars(*, quiet: bool) -> Iterator[ProgressCallback | None]:
         yield bars
     finally:
         bars.close()
+
+
+def name_unverified(names: Sequence[str]) -> None:
+    """Say on stderr which files could not be verified, since the manifest has no hash of them."""
+    if names:
+        text = f"cierzo: the manifest has no hash of {', '.join(names)}, so only the size was compared."
+        print(_paragraph(text, sys.stderr), file=sys.stderr)
 
 
 def explain(error: BaseException) -> tuple[str, int]:

@@ -14,8 +14,15 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_BATCH = 8
 """Most rows of a session."""
 
-WEIGHT_KINDS = ("fp32",)
-"""Types of weights that an export writes; the first one is the default."""
+WEIGHT_KINDS = ("stored", "fp32")
+"""As what an export leaves the weights: the types that the checkpoint has, or converted; the first is the default."""
+
+LAYOUTS = ("huggingface", "native")
+"""Layouts of checkpoints that can be asked for; without asking, it is the one that the folder has."""
+
+TRACING, FUSING, WRITING, HASHING, VERIFYING = "tracing", "fusing", "writing weights", "hashing", "verifying"
+BYTE_STAGES = (WRITING, HASHING, VERIFYING)
+"""Stages whose progress counts bytes."""
 
 FRONTENDS = ("reference", "transformers")
 """Where the traced model comes from; the first one is the default."""

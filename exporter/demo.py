@@ -91,9 +91,11 @@ def _one(console: Console, name: str, bundle: Path, progress: Progress | None) -
 
     began = time.perf_counter()
     export(checkpoint, bundle, progress=progress)
-    size = sum(file.stat().st_size for file in bundle.iterdir())
+    size = sum(file.stat().st_size for file in bundle.iterdir() if file.suffix != ".safetensors")
     seconds = time.perf_counter() - began
-    console.print(f"\n[bold]export[/]: {size / 1e6:.1f} MB in {seconds:.1f} s, every fusion proved\n")
+    console.print(
+        f"\n[bold]export[/]: {size / 1e6:.1f} MB beside the weights in {seconds:.1f} s, every fusion proved\n"
+    )
 
     session = load(bundle)
     window = min(layer.window for layer in session.manifest.kv.layers if layer.window is not None)

@@ -11,8 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from exporter.fusion_table import draw_fusion
-from exporter.inspect import BundleFacts, InspectReport, KVUse, ParameterCount, ReceptiveField, StoredTensors
+from exporter.inspect_report import BundleFacts, InspectReport, KVUse, ParameterCount, ReceptiveField, StoredTensors
 
+_LAYOUTS = {"huggingface": "Hugging Face", "native": "Mistral's own"}
+_PLACES = {"copied": "copied into the bundle", "linked": "linked from the checkpoint", "folder": "in their own folder"}
 _LABELS = {"embedding": "embedding", "mlp": "MLP", "norms": "norms", "lm_head": "lm_head"}
 
 
@@ -100,6 +102,7 @@ def _model_table(report: InspectReport) -> Table:
             + (", embedding tied to lm_head" if model.tie_word_embeddings else ""),
             "positions trained": model.max_position_embeddings,
             "weights stored as": model.dtype,
+            "layout": _LAYOUTS.get(model.layout or ""),
         },
     )
 
@@ -159,15 +162,18 @@ def _kv_table(uses: Sequence[KVUse]) -> Table:
 
 
 def _stored_table(stored: StoredTensors) -> Table:
-    kinds = ", ".join(f"{number} {dtype}" for dtype, number in stored.dtypes.items())
     unused = f"{len(stored.unused)} ({', '.join(sorted(set(stored.unused.values())))})" if stored.unused else "none"
     rows = {
         "files": stored.files,
-        "tensors": f"{stored.tensors:,}: {kinds}",
+        "tensors": f"{stored.tensors:,}: {_types(stored.dtypes)}",
         "size": size(stored.bytes),
         "unused": unused,
     }
     return _facts("On disk", rows)
+
+
+def _types(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {dtype}" for dtype, number in numbers.items())
 
 
 def _bundle_table(bundle: BundleFacts) -> Table:
@@ -176,7 +182,10 @@ def _bundle_table(bundle: BundleFacts) -> Table:
         "Bundle",
         {
             "written by": f"Cierzo {bundle.cierzo_version}, opset {bundle.opset}",
-            "weights": bundle.weights_dtype,
+            "weights": f"{_types(bundle.weights_types)}; {_PLACES[bundle.weights_placement]}",
+            "weights' folder": bundle.weights_folder,
+            "computed in": bundle.arithmetic,
+            "weights made at load": size(bundle.folded_bytes) if bundle.folded_bytes else None,
             "tokens per step": f"{bundle.chunk:,} at most, for up to {bundle.max_batch} rows",
             "context": "unbounded, every layer slides" if bundle.context is None else f"{bundle.context:,} tokens",
             "ring slots": f"{slots} ({bundle.kv_dtype})",

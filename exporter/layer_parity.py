@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from exporter.bundle_graph import load_graph
 from exporter.layer_report import LayerReport, ModuleParity
 from exporter.parity_tools import largest_differences, quiet_polygraphy, require_polygraphy
 from exporter.taps import RollingTaps, modules_of
@@ -46,23 +47,24 @@ def compare_layers(
     seed: int = 0,
     tokens: int | None = None,
     held_bytes: int = HELD_BYTES,
+    weights_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> LayerReport:
     """Compare every module of the bundle's graph with the reference model of `checkpoint`.
 
     tokens: length of the random row, by default the longest border of `validate` (3 W + C for the widest window W).
-    held_bytes: bound on the outputs held at once; see HELD_BYTES.
+    held_bytes: bound on the outputs held at once; see HELD_BYTES. weights_folder: see `read_bundle`.
 
     Raises what `validate` raises when the comparison cannot be run, and CierzoError without Polygraphy.
     """
     require_polygraphy()
-    session = load(bundle)
+    session = load(bundle, weights_folder=weights_folder)
     opened = open_matching(session, checkpoint)
     length = tokens if tokens is not None else boundary_lengths(session, opened.config.layer_windows)[-1]
     row = np.random.default_rng(seed).integers(0, opened.config.vocab_size, length, dtype=np.int64)
     del session  # its rings and weights; the taps make a graph of their own
-    read = read_bundle(bundle)
-    model = ir.load(read.file(read.manifest.graph.file))
+    read = read_bundle(bundle, weights_folder=weights_folder)
+    model = load_graph(read)
     return compare_graph(model, read, opened, row, held_bytes=held_bytes, progress=progress)
 
 
@@ -101,7 +103,7 @@ def compare_graph(
 
     def engine_outputs(group: int) -> dict[str, npt.NDArray[Any]]:
         steps = split_into_steps([row], np.zeros(1, np.int64), bundle.manifest.kv.chunk)
-        rolling = RollingTaps(model, bundle.manifest, bundle.path, taps[group], in_place=in_place)
+        rolling = RollingTaps(model, bundle.manifest, bundle.weights_folder, taps[group], in_place=in_place)
         return _at_positions(rolling, steps, dict(zip(paths[group], taps[group], strict=True)), positions)
 
     engine = EngineRunner(engine_outputs)
@@ -147,8 +149,9 @@ def depth_of(path: str) -> int:
 
 def _stages(config: ModelConfig) -> Stages:
     """The modules of the model in the order of computation; a layer's own output comes last among its modules."""
-    inner = ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
-    inner.append("post_attention_layernorm")
+    inner = ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    inner += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
+    inner += ["self_attn.o_proj", "post_attention_layernorm"]
     inner += ["moe.router", "moe"] if config.moe is not None else ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     layers = [(*(f"layers.{index}.{name}" for name in inner), f"layers.{index}") for index in range(config.num_layers)]
     return (("embed_tokens",), *layers, ("norm", "lm_head"))
@@ -156,10 +159,13 @@ def _stages(config: ModelConfig) -> Stages:
 
 def _features(config: ModelConfig, path: str) -> int:
     name = path.rpartition(".")[2]
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {
-        "q_proj": config.num_heads * config.head_dim,
-        "k_proj": config.num_kv_heads * config.head_dim,
-        "v_proj": config.num_kv_heads * config.head_dim,
+        "q_proj": queries,
+        "k_proj": keys,
+        "v_proj": keys,
+        "q_norm": queries,
+        "k_norm": keys,
         "gate_proj": config.intermediate_size,
         "up_proj": config.intermediate_size,
         "router": config.moe.num_experts if config.moe is not None else 0,

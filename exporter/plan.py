@@ -65,7 +65,7 @@ class ExportPlan:
 def make_plan(
     config: ModelConfig, *, chunk: int | None = None, max_batch: int = DEFAULT_MAX_BATCH, context: int | None = None
 ) -> ExportPlan:
-    """Fill in the defaults; raises ExportError for a number that is none or below 1.
+    """Fill in the defaults; raises ExportError for a number that is none or below 1, or a context past the model's end.
 
     chunk defaults to 256 tokens, but not more than the smallest window (nor less than 16): the ring holds W + C − 1
     positions, and a chunk far larger than the window would make it mostly slack. It is never more than the context,
@@ -75,6 +75,12 @@ def make_plan(
     for name, number in (("chunk", chunk), ("max_batch", max_batch), ("context", context)):
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
             raise ExportError(f"{name} is {number!r}, but must be a whole number of at least 1.")
+    limit = config.position_limit
+    if context is not None and limit is not None and context > limit:
+        raise ExportError(
+            f"context is {context:,}, but with RoPE of type {config.rope.type} this model is a fixed function of its "
+            f"tokens up to position {limit:,} only. Ask for no more than that."
+        )
     kinds = tuple(dict.fromkeys(config.layer_windows))
     windows = [window for window in kinds if window is not None]
     context = (context or min(config.max_position_embeddings, DEFAULT_CONTEXT)) if None in kinds else None

@@ -1,24 +1,22 @@
 """Writes a bundle: all files into a hidden folder beside the target, the manifest last, then one rename.
 
-A run that is killed leaves at most that hidden folder, which has no manifest and does not load.
+A run that is killed leaves at most that hidden folder; see `exporter.partial` for what becomes of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from exporter.partial import partial_folder
 from runtime.errors import ExportError
 
 MANIFEST_FILE = "manifest.json"
-_HASHED_AT_ONCE = 1 << 20
 
 
 def refuse_existing(out: Path) -> None:
@@ -45,33 +43,26 @@ def bundle_folder(out: Path) -> Iterator[Path]:
 
     Raises ExportError when the operating system refuses a write, for instance because the disk is full.
     """
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        yield partial
-        for file in sorted(partial.iterdir()):
-            _sync(file)
-        _sync(partial)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        refuse_existing(out)
-        partial.rename(out)
-        _sync(out.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ExportError(f"Writing {out} failed: {error}. Nothing was left behind.") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def file_entry(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Size and hash of a file, as the manifest records them; `sha256` if it is known already."""
-    if sha256 is None:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_HASHED_AT_ONCE):
-                digest.update(block)
-        sha256 = digest.hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
+    with contextlib.ExitStack() as stack:
+        try:
+            partial = stack.enter_context(partial_folder(out))
+        except OSError as error:
+            raise ExportError(f"Writing {out} failed: {error}. Nothing was left behind.") from error
+        try:
+            yield partial
+            for file in sorted(partial.iterdir()):
+                _sync(file)
+            _sync(partial)
+            partial.chmod(0o755)  # a temporary folder is private
+            refuse_existing(out)
+            partial.rename(out)
+            _sync(out.parent)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ExportError(f"Writing {out} failed: {error}. Nothing was left behind.") from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
+from exporter.recipes import parameters
 from runtime.chunking import Step
 from runtime.errors import BackendError
 from runtime.manifest import Manifest
@@ -67,7 +68,7 @@ def _is_float(value: ir.Value) -> bool:
 def _by_parameter(model: ir.Model) -> dict[str, ir.Value]:
     """Modules by their parameter: the first value behind `path.weight` that is no rearrangement of it."""
     found: dict[str, ir.Value] = {}
-    for name, value in model.graph.initializers.items():
+    for name, value in parameters(model).items():
         if not name.endswith(".weight"):
             continue
         uses = list(value.uses())

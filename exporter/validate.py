@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from exporter.reopen import reopen
 from exporter.validation_report import Check, ValidationReport, render
-from reference.checkpoint import Checkpoint, open_checkpoint
+from reference.checkpoint import Checkpoint
 from reference.parity import Budget, budget, position_errors
 from runtime import load
 from runtime.backends import DEFAULT_BACKEND
@@ -54,9 +55,13 @@ def validate(
     *,
     backend: str | None = None,
     seed: int = 0,
+    verify: bool = False,
+    weights_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Compare the engine of `bundle` with the reference model of `checkpoint` (default: the one it was made from).
+
+    verify, weights_folder: see `runtime.load`.
 
     Parity that fails is a report with `passed` False. Raises BundleError, CheckpointError and BackendError when the
     comparison cannot be run at all, for instance because the two are not even the same model.
@@ -65,7 +70,7 @@ def validate(
 
     from reference.oracle import Oracle
 
-    session = load(bundle, backend=backend)
+    session = load(bundle, backend=backend, verify=verify, weights_folder=weights_folder, progress=progress)
     opened = open_matching(session, checkpoint)
     rng = np.random.default_rng(seed)
     windows = opened.config.layer_windows
@@ -95,6 +100,7 @@ def validate(
         reason=run.budget.tolerance.reason,
         checks=tuple(checks),
         position_errors=tuple(errors.tolist()),
+        unverified=session.unverified,
         versions={name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy")},
     )
 
@@ -108,9 +114,7 @@ def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint
             f"The bundle was made from {recorded}, which is not there. Name the checkpoint "
             "as the second argument, after the bundle."
         )
-    options = session.manifest.provenance.get("options", {})
-    ignored = options.get("ignore_config_keys", ()) if isinstance(options, dict) else ()
-    opened = open_checkpoint(path, ignore_config_keys=ignored)
+    opened = reopen(session.manifest, str(path))
     model, config = session.manifest.model, opened.config
     for name in ("architecture", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
         ours, theirs = getattr(model, name), getattr(config, name)
@@ -129,10 +133,16 @@ def boundary_lengths(session: Session, windows: tuple[int | None, ...]) -> list[
     for window in windows:
         if window is not None:
             lengths |= {window - 1, window, window + 1, 2 * window + 1, 3 * window + kv.chunk}
-    if kv.context is not None:
-        lengths |= {kv.context}
-        lengths = {min(length, kv.context) for length in lengths}
+    end = last_position(session)
+    if end is not None:
+        lengths = {min(length, end) for length in (*lengths, end)}
     return sorted(length for length in lengths if length >= 1)
+
+
+def last_position(session: Session) -> int | None:
+    """How many tokens a row may hold at most, for its buffers or for its RoPE; None: any number."""
+    kv = session.manifest.kv
+    return min((end for end in (kv.context, kv.position_limit) if end is not None), default=None)
 
 
 def _rows(longest: int, vocabulary: int, rng: np.random.Generator) -> tuple[Row, ...]:
@@ -216,8 +226,9 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
     windows = [window for window in run.windows if window is not None]
     reach = sum(window - 1 for window in windows) if len(windows) == len(run.windows) else None
     length = (reach if reach is not None else len(run.rows[0])) + kv.chunk + 2
-    if kv.context is not None:
-        length = min(length, kv.context)
+    end = last_position(run.session)
+    if end is not None:
+        length = min(length, end)
     if length > LONGEST_PROBE:
         yield Check(
             "receptive field", None, f"the row would need {length:,} tokens; {LONGEST_PROBE:,} are probed at most"
@@ -237,7 +248,9 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
     if reach is None:
         return
     beyond = np.flatnonzero(moved[at + reach + 1 :])
-    if len(beyond):
+    if at + reach + 1 >= length:
+        yield Check("receptive field", None, f"a row ends at {end} tokens, before anything is out of reach")
+    elif len(beyond):
         distance = int(beyond[-1]) + reach + 1
         yield Check("receptive field", False, f"a token {distance} away moved a logit; {reach} is as far as one may")
     else:

@@ -30,6 +30,7 @@ class ValidationReport:
 
     budget: largest absolute error that was allowed; reference_error: what the reference itself does in that dtype;
     largest_logit: the scale of both. position_errors: largest |error| by position of the longest row.
+    unverified: files whose hashes were asked for and that have none in the manifest.
     """
 
     bundle: str
@@ -44,6 +45,7 @@ class ValidationReport:
     checks: tuple[Check, ...]
     position_errors: tuple[float, ...]
     versions: Mapping[str, str]
+    unverified: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -80,6 +82,7 @@ class ValidationReport:
                 for check in self.checks
             ],
             "position_errors": [_finite(error) for error in self.position_errors],
+            "unverified": list(self.unverified),
             "versions": dict(self.versions),
         }
 

@@ -51,7 +51,7 @@ class ControlTokens:
 def find_control_tokens(tokenizer_json: Mapping[str, Any], named: Collection[str], templates: str) -> ControlTokens:
     """The control tokens of a parsed tokenizer.json.
 
-    They are the added tokens that are marked special, the tokens that tokenizer_config.json gives a role (`named`), and
+    They are the added tokens that are marked special, the tokens that tokenizer_config.json calls special (`named`), and
     the added tokens that a chat template mentions (`templates`, all joined) and that look like a marker: "<think>",
     but not a run of spaces that also indents the template. Other added tokens are ordinary vocabulary.
     """

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: the only contract between building and running.
+"""The manifest of a bundle: the only contract between building and running. docs/manifest.schema.json describes it.
 
 `parse_manifest` turns the JSON text of `manifest.json` into frozen dataclasses and refuses whatever contradicts itself,
 so that no later stage meets a half-valid manifest. Keys that this page does not name are ignored within one
@@ -9,19 +9,21 @@ Letters: L layers, G KV heads, D head dim, W window, C chunk (most tokens of one
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from runtime.errors import BundleError
+from runtime.json_files import brief, parse_json_object
+from runtime.manifest_section import Section
 from runtime.rolling_kv import KV_DTYPES, required_capacity
 
-SCHEMA_VERSION = 1
-WEIGHT_DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
-
-_T = TypeVar("_T")
+SCHEMA_VERSION = 2
+STORED, FP32 = "stored", "fp32"
+WEIGHT_KINDS = (STORED, FP32)
+COPIED, LINKED, FOLDER = "copied", "linked", "folder"
+PLACEMENTS = (COPIED, LINKED, FOLDER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +69,58 @@ class LayerKV:
 
 @dataclass(frozen=True, slots=True)
 class KVInfo:
-    """The KV buffers: `chunk` is the most tokens of one step, `context` the capacity of full-attention layers."""
+    """The KV buffers: `chunk` is the most tokens of one step, `context` the capacity of full-attention layers.
+
+    position_limit: positions from here on must not be run, or None (see `ModelConfig.position_limit`).
+    """
 
     dtype: str
     chunk: int
     max_batch: int
     context: int | None
+    position_limit: int | None
     layers: tuple[LayerKV, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsInfo:
-    """The file that holds the weights, and how they are stored in it."""
+class FileInfo:
+    """Size in bytes of a file, and its SHA-256 or its block hash (`runtime.hashing`) in lower-case hex, or neither."""
 
-    file: str
-    dtype: str
+    bytes: int
+    sha256: str | None
+    blocks_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class FileInfo:
-    """Size in bytes and SHA-256 (lower-case hex) of one file of the bundle."""
+class WeightsInfo:
+    """Where the weights lie and as what.
 
-    bytes: int
-    sha256: str
+    kind: "stored", the types that the checkpoint has, or "fp32", converted. arithmetic: the type that is computed in.
+    placement: "copied" into the bundle, checkpoint files "linked" into it, or left in a "folder".
+    folder: absolute path of that folder, None for the other placements.
+    types: how many tensors the graph reads by stored type, in the spelling of safetensors.
+    folded_bytes: what the weights take that an engine makes out of stored ones (cast, stacked or reordered), if it
+        makes them when it loads and keeps them.
+    folding_bytes: what all steps on the way there give out, which an engine may hold at once while it loads.
+    files: the files that hold weights, by name.
+    """
+
+    kind: str
+    arithmetic: str
+    placement: str
+    folder: str | None
+    types: Mapping[str, int]
+    folded_bytes: int
+    folding_bytes: int
+    files: Mapping[str, FileInfo]
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A whole manifest. `provenance` is kept as it stands; the fusion report is not the runtime's business."""
+    """A whole manifest. `provenance` is kept as it stands; the fusion report is not the runtime's business.
+
+    files: all files of the bundle but the manifest and those that hold weights.
+    """
 
     schema_version: int
     cierzo_version: str
@@ -107,24 +133,26 @@ class Manifest:
     provenance: Mapping[str, Any]
 
 
-def parse_manifest(text: str) -> Manifest:
-    """Parse the text of a `manifest.json`.
+def parse_manifest(content: bytes) -> Manifest:
+    """Parse the content of a `manifest.json`.
 
-    Raises BundleError for text that is no JSON object, for another schema version, for missing or mistyped keys, for
-    unknown dtypes, and for layers that contradict the chunk, the context or the number of layers.
+    Raises BundleError for content that is no JSON object, for another schema version, for missing or mistyped keys,
+    for unknown kinds, and for layers that contradict the chunk, the context or the number of layers.
     """
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"The manifest is not valid JSON ({error}). Export the checkpoint again.") from error
-    if not isinstance(document, dict):
-        raise BundleError("The manifest is not a JSON object. Export the checkpoint again.")
-    root = _Section(document, "")
+    document = parse_json_object(
+        content, lambda cause: BundleError(f"The manifest is not readable JSON ({cause}). Export the checkpoint again.")
+    )
+    root = Section(document, "")
     version = root.integer("schema_version", minimum=1)
     if version > SCHEMA_VERSION:
         raise BundleError(
-            f"The bundle was written with manifest schema {version}, but this Cierzo reads schemas up to "
-            f"{SCHEMA_VERSION}. Upgrade Cierzo, or export the checkpoint again with this version."
+            f"The bundle was written with manifest schema {version}, but this Cierzo reads schema {SCHEMA_VERSION}. "
+            "Upgrade Cierzo, or export the checkpoint again with this version."
+        )
+    if version < SCHEMA_VERSION:
+        raise BundleError(
+            f"The bundle was written with manifest schema {version}, which does not say where its weights lie; this "
+            f"Cierzo reads schema {SCHEMA_VERSION}. Export the checkpoint again, which copies no weights any more."
         )
     manifest = Manifest(
         schema_version=version,
@@ -134,70 +162,14 @@ def parse_manifest(text: str) -> Manifest:
         kv=_kv(root.section("kv")),
         weights=_weights(root.section("weights")),
         tokenizer=tuple(root.strings("tokenizer")),
-        files=MappingProxyType(_files(root.section("files"))),
+        files=_own_files(root.section("files")),
         provenance=MappingProxyType(dict(root.section("provenance").data)),
     )
     _check_consistency(manifest)
     return manifest
 
 
-class _Section:
-    """A JSON object with typed access: a wrong or missing value raises a BundleError naming the path to it."""
-
-    def __init__(self, data: Mapping[str, Any], path: str) -> None:
-        self.data = data
-        self.path = path
-
-    def _typed(self, key: str, kind: type[_T], words: str) -> _T:
-        value = self.data.get(key)
-        # bool is an int to Python; a manifest that says `true` for a size is damaged all the same.
-        if not isinstance(value, kind) or isinstance(value, bool):
-            found = "missing" if key not in self.data else f"{value!r}"
-            raise BundleError(
-                f"The manifest's `{self.path}{key}` must be {words}, but it is {found}. Export the checkpoint again."
-            )
-        return value
-
-    def integer(self, key: str, *, minimum: int) -> int:
-        value = self._typed(key, int, "an integer")
-        if value < minimum:
-            raise BundleError(
-                f"The manifest's `{self.path}{key}` is {value}, but it cannot be below {minimum}. "
-                "Export the checkpoint again."
-            )
-        return value
-
-    def optional_integer(self, key: str, *, minimum: int) -> int | None:
-        if key in self.data and self.data[key] is None:
-            return None
-        return self.integer(key, minimum=minimum)
-
-    def string(self, key: str) -> str:
-        return self._typed(key, str, "a string")
-
-    def one_of(self, key: str, known: tuple[str, ...]) -> str:
-        value = self.string(key)
-        if value not in known:
-            raise BundleError(
-                f"The manifest's `{self.path}{key}` is {value!r}, but this Cierzo knows only {', '.join(known)}. "
-                "Upgrade Cierzo, or export the checkpoint again with one of these."
-            )
-        return value
-
-    def items(self, key: str) -> list[Any]:
-        return self._typed(key, list, "a list")
-
-    def strings(self, key: str) -> list[str]:
-        values = self.items(key)
-        if not all(isinstance(value, str) for value in values):
-            raise BundleError(f"The manifest's `{self.path}{key}` must hold strings only. Export the checkpoint again.")
-        return values
-
-    def section(self, key: str) -> _Section:
-        return _Section(self._typed(key, dict, "an object"), f"{self.path}{key}.")
-
-
-def _model(section: _Section) -> ModelInfo:
+def _model(section: Section) -> ModelInfo:
     sizes = {
         name: section.integer(name, minimum=1)
         for name in (
@@ -221,17 +193,17 @@ def _model(section: _Section) -> ModelInfo:
     )
 
 
-def _graph(section: _Section) -> GraphInfo:
+def _graph(section: Section) -> GraphInfo:
     names = ("file", "input_ids", "start_positions", "token_counts", "logits")
     return GraphInfo(opset=section.integer("opset", minimum=1), **{name: section.string(name) for name in names})
 
 
-def _kv(section: _Section) -> KVInfo:
+def _kv(section: Section) -> KVInfo:
     layers = []
     for index, item in enumerate(section.items("layers")):
         if not isinstance(item, dict):
             raise BundleError(f"The manifest's `kv.layers[{index}]` must be an object. Export the checkpoint again.")
-        layer = _Section(item, f"kv.layers[{index}].")
+        layer = Section(item, f"kv.layers[{index}].")
         layers.append(
             LayerKV(
                 window=layer.optional_integer("window", minimum=1),
@@ -247,20 +219,43 @@ def _kv(section: _Section) -> KVInfo:
         chunk=section.integer("chunk", minimum=1),
         max_batch=section.integer("max_batch", minimum=1),
         context=section.optional_integer("context", minimum=1),
+        position_limit=section.optional_integer("position_limit", minimum=1),
         layers=tuple(layers),
     )
 
 
-def _weights(section: _Section) -> WeightsInfo:
-    return WeightsInfo(file=section.string("file"), dtype=section.one_of("dtype", WEIGHT_DTYPES))
+def _weights(section: Section) -> WeightsInfo:
+    types = section.section("types")
+    return WeightsInfo(
+        kind=section.one_of("kind", WEIGHT_KINDS),
+        arithmetic=section.string("arithmetic"),
+        placement=section.one_of("placement", PLACEMENTS),
+        folder=section.optional_string("folder"),
+        types=MappingProxyType({name: types.integer(name, minimum=1) for name in types.data}),
+        folded_bytes=section.integer("folded_bytes", minimum=0),
+        folding_bytes=section.integer("folding_bytes", minimum=0),
+        files=_weight_files(section.section("files")),
+    )
 
 
-def _files(section: _Section) -> dict[str, FileInfo]:
+def _own_files(section: Section) -> Mapping[str, FileInfo]:
     files = {}
     for name in section.data:
         entry = section.section(name)
-        files[name] = FileInfo(bytes=entry.integer("bytes", minimum=0), sha256=entry.string("sha256"))
-    return files
+        files[name] = FileInfo(bytes=entry.integer("bytes", minimum=0), sha256=entry.hash("sha256"))
+    return MappingProxyType(files)
+
+
+def _weight_files(section: Section) -> Mapping[str, FileInfo]:
+    files = {}
+    for name in section.data:
+        entry = section.section(name)
+        files[name] = FileInfo(
+            bytes=entry.integer("bytes", minimum=0),
+            sha256=entry.optional_hash("sha256"),
+            blocks_sha256=entry.optional_hash("blocks_sha256"),
+        )
+    return MappingProxyType(files)
 
 
 def _check_consistency(manifest: Manifest) -> None:
@@ -286,8 +281,14 @@ def _check_consistency(manifest: Manifest) -> None:
         raise BundleError(
             f"The manifest's chunk of {kv.chunk} tokens is larger than its context of {kv.context}. Export again."
         )
-    for name in (manifest.graph.file, manifest.weights.file, *manifest.tokenizer):
+    if (manifest.weights.folder is not None) != (manifest.weights.placement == FOLDER):
+        raise BundleError(
+            f"The manifest's `weights.folder` is {brief(manifest.weights.folder)}, which does not go with the "
+            f"placement {manifest.weights.placement!r}. Export the checkpoint again."
+        )
+    for name in (manifest.graph.file, *manifest.tokenizer):
         if name not in manifest.files:
             raise BundleError(
-                f"The manifest refers to {name}, but does not list its size under `files`. Export the checkpoint again."
+                f"The manifest refers to {brief(name)}, but does not list its size under `files`. "
+                "Export the checkpoint again."
             )

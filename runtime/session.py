@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from runtime import generate as generation
 from runtime.backends import open_engine
 from runtime.backends.base import Engine
-from runtime.bundle import Bundle, read_bundle
+from runtime.bundle import Bundle, Progress, read_bundle
 from runtime.chunking import Int64Array, split_into_steps
 from runtime.errors import ContextError, InputError, SessionError, TokenizerError
 from runtime.manifest import Manifest
 from runtime.sampling import BoolArray, SamplingOptions
 from runtime.token_rows import TokenIds, as_rows
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Tokenizer, open_tokenizer
 
 MAX_POSITION = 2**24
 """First position that RoPE in float32 cannot tell from its neighbours: float32 holds integers exactly up to 2**24."""
@@ -34,18 +34,22 @@ def load(
     device: str | None = None,
     threads: int | None = None,
     verify: bool = False,
+    weights_folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> Session:
     """Load the bundle in a folder.
 
     backend, device: None takes the defaults (`onnxruntime`, `cpu`). threads: None takes one per physical core.
-    verify: also compare every file's SHA-256 with the manifest.
+    verify: also compare every file's hash with the manifest; `Session.unverified` names those that have none.
+    weights_folder: where the files with weights lie, if not where the manifest says.
+    progress: called with (stage, done, total) in bytes while hashes are compared.
 
     Side effect: the first ONNX Runtime session of a process makes the thread that opens it, and threads started from
     it later, flush denormal numbers to zero (float64 below 2.3e-308 becomes 0), for all of Python.
 
     Raises BundleError (see read_bundle) and BackendError (see runtime.backends.open_engine).
     """
-    opened = read_bundle(bundle, verify=verify)
+    opened = read_bundle(bundle, verify=verify, weights_folder=weights_folder, progress=progress)
     return Session(opened, open_engine(opened, backend=backend, device=device, threads=threads))
 
 
@@ -74,11 +78,16 @@ class Session:
         if self._tokenizer is None:
             if not self.manifest.tokenizer:
                 raise TokenizerError(
-                    f"The bundle {self._bundle.path} has no tokenizer, because its checkpoint had no tokenizer.json. "
+                    f"The bundle {self._bundle.path} has no tokenizer, because its checkpoint had no tokenizer file. "
                     "Feed token ids instead of text, or add the file to the checkpoint and export again."
                 )
-            self._tokenizer = Tokenizer.from_files([self._bundle.file(name) for name in self.manifest.tokenizer])
+            self._tokenizer = open_tokenizer([self._bundle.file(name) for name in self.manifest.tokenizer])
         return self._tokenizer
+
+    @property
+    def unverified(self) -> tuple[str, ...]:
+        """Files whose hashes were to be compared and that have none in the manifest."""
+        return self._bundle.unverified
 
     @property
     def kv_bytes(self) -> int:
@@ -125,8 +134,9 @@ class Session:
 
         Returns float32 [B, T of the longest row, V]; logits of padding are NaN, so that nobody uses them by mistake.
         Raises InputError for what `as_rows` refuses, for a change of batch in mid-text and for more rows than the
-        bundle was exported for, ContextError for feeds past a full-attention buffer or past position 2**24; in all
-        these cases the state is as before. Raises SessionError after a failed feed, until `reset`.
+        bundle was exported for, ContextError for feeds past a full-attention buffer, past the model's position limit
+        or past position 2**24; in all these cases the state is as before. Raises SessionError after a failed feed,
+        until `reset`.
         """
         if padding not in ("right", "left"):
             raise InputError(f"`padding` must be 'right' or 'left', not {padding!r}.")
@@ -198,13 +208,20 @@ class Session:
         return rows
 
     def _check_end(self, row: int, position: int, fed: int, new_tokens: int) -> None:
-        context, end = self.manifest.kv.context, position + fed + new_tokens
+        context, end, limit = self.manifest.kv.context, position + fed + new_tokens, self.manifest.kv.position_limit
         wanted = f"{fed} more" + (f" and then {new_tokens} generated ones" if new_tokens else "")
         if context is not None and end > context:
             raise ContextError(
                 f"Row {row} holds {position} tokens and {wanted} would make {end}, but the full-attention layers of "
                 f"this bundle have room for {context}. Feed or generate fewer tokens, call reset(), or export the "
                 f"checkpoint again with context={end}."
+            )
+        if limit is not None and end > limit:
+            raise ContextError(
+                f"Row {row} holds {position} tokens and {wanted} would make {end}, but this model has dynamic RoPE: "
+                f"from position {limit} on its frequencies depend on the length of the whole text, so that keys in the "
+                "buffers would have to be rotated again with every token. Feed or generate fewer tokens, or call "
+                "reset() and start a new text."
             )
         if end > MAX_POSITION:
             raise ContextError(

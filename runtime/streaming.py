@@ -54,7 +54,10 @@ class IncrementalDetokenizer:
             whole = text.rstrip(REPLACEMENT)
             pieces.append(whole[self._emitted :])
             self._emitted = max(self._emitted, len(whole))
-            if whole or len(self._held) < _UTF8_LENGTH:
+            if whole:
+                self._let_go(text)
+                break
+            if len(self._held) < _UTF8_LENGTH:
                 break
             # No character has more than four bytes: the first token held can never become one. Let go of it.
             pieces.append(self._commit(1, REPLACEMENT))
@@ -72,14 +75,28 @@ class IncrementalDetokenizer:
             rest += self._commit(1, REPLACEMENT)
         return rest
 
+    def _let_go(self, text: str) -> None:
+        """Commit the older of many tokens that all end amid a character, as a model may repeat " \\xd0" for ever: else
+        each push would decode them all. Only such whose text the newer ones no longer change."""
+        older = self._held[:-_UTF8_LENGTH]
+        if len(older) > _CONTEXT_TOKENS:
+            done = self._text_of(older)
+            if text.startswith(done) and len(done) <= self._emitted:
+                emitted = self._emitted - len(done)
+                self._commit(len(older), done)
+                self._emitted = emitted
+
     def _text_of_held(self) -> str:
+        return self._text_of(self._held)
+
+    def _text_of(self, ids: list[int]) -> str:
         context = self._decoder.decode(self._context)
-        both = self._decoder.decode(self._context + self._held)
-        text = both[len(context) :] if both.startswith(context) else self._decoder.decode(self._held)
+        both = self._decoder.decode(self._context + ids)
+        text = both[len(context) :] if both.startswith(context) else self._decoder.decode(ids)
         if text.endswith(REPLACEMENT):
             # A byte-fallback decoder turns a whole run of byte tokens into U+FFFD when any of it is invalid, so an
             # invalid context would hide a character that is whole by itself.
-            alone = self._decoder.decode(self._held)
+            alone = self._decoder.decode(ids)
             if not alone.endswith(REPLACEMENT):
                 return alone
         return text
@@ -87,7 +104,7 @@ class IncrementalDetokenizer:
     def _commit(self, count: int, text: str) -> str:
         done, self._held = self._held[:count], self._held[count:]
         # Tokens without text (special ones) say nothing about a following space, so older context stays.
-        self._context = (done if text else self._context + done)[-_CONTEXT_TOKENS:]
+        self._context = done[-_CONTEXT_TOKENS:] if text else (self._context + done)[:_CONTEXT_TOKENS]
         piece, self._emitted = text[self._emitted :], 0
         return piece
 

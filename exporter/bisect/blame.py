@@ -13,6 +13,7 @@ import onnx_ir as ir
 from exporter.bisect.local import GOT, LocalComparison, Off, pairs, path_of
 from exporter.bisect.report import Culprit
 from exporter.bisect.stages import Rebuilt, Stage, WeightDifference, bound
+from exporter.recipes import is_recipe, parameters
 from graph_passes.graph import constant
 from reference.checkpoint import Checkpoint
 
@@ -38,7 +39,7 @@ def blame(case: Case, off: Off, piece: ir.Model, others: tuple[str, ...]) -> Cul
     """The culprit behind the value `off`, which the nodes of `piece` make."""
     finished = case.rebuilt.stages[-1].model
     node, changes, fixed = _suspect(piece, finished, off.value, case.model)
-    weight = next((name for name in piece.graph.initializers if name in case.wrong), None)
+    weight = next((name for name in parameters(piece) if name in case.wrong), None)
     rule = node.metadata_props.get(_RULE)
     kind, stage, reproduced = "node", rule, None
     if weight is not None:
@@ -109,6 +110,8 @@ def _suspect(piece: ir.Model, finished: ir.Model, value: str, model: ir.Model) -
     last = next(node for node in piece.graph for v in node.outputs if v.name == value)
     unknown: tuple[ir.Node, list[str], str | None] | None = None
     for node in piece.graph:
+        if is_recipe(node):  # what a parameter is made of is compared as a weight
+            continue
         ours = own[str(node.outputs[0].name).removesuffix(GOT)]
         due = made.get(str(ours.outputs[0].name)) or named.get(str(node.name))
         changes = _changes(ours, due, known={*made, *(str(v.name) for v in finished.graph.inputs)})

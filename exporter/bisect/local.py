@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from exporter.recipes import is_recipe, parameters
 from exporter.taps import RollingTaps, module_path, modules_of, open_session
 from graph_passes.prove import TOLERANCES, difference
 from runtime.chunking import PADDING_ID, Step
@@ -57,16 +58,17 @@ def pairs(model: ir.Model, golden: ir.Model) -> dict[str, str]:
 
     The same name is the same value. Where a graph was named anew, modules with a weight are matched by their path.
     """
-    there = {str(value.name): value for node in golden.graph for value in node.outputs}
+    there = {str(value.name): value for node in golden.graph if not is_recipe(node) for value in node.outputs}
+    known = parameters(model)
     by_module = {}
     golden_modules = modules_of(golden)
     for path, name in modules_of(model).items():
         weights = f"{path}.weight", "embed_tokens.weight" if path == "lm_head" else ""  # perhaps tied
-        if path in golden_modules and any(weight in model.graph.initializers for weight in weights):
+        if path in golden_modules and any(weight in known for weight in weights):
             by_module[name] = golden_modules[path]
     found: dict[str, str] = {}
     for node in model.graph:
-        for value in node.outputs:
+        for value in () if is_recipe(node) else node.outputs:
             name = str(value.name)
             if (other := name if name in there else by_module.get(name)) and _alike(value, there[other]):
                 found[name] = other

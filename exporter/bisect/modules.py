@@ -72,7 +72,7 @@ def module_off(
         if first.module in outputs:
             truth = outputs[first.module].numpy()
             break
-    rolling = RollingTaps(model, bundle.manifest, bundle.path, [*borders], in_place=False)
+    rolling = RollingTaps(model, bundle.manifest, bundle.weights_folder, [*borders], in_place=False)
     for number, (step, (feeds, taps)) in enumerate(zip(steps, rolling.run(steps, 1), strict=True)):
         got = taps[name]
         due = truth[step.offset : step.offset + step.input_ids_BT.shape[1]].reshape(got.shape).astype(got.dtype)

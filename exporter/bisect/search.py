@@ -23,6 +23,7 @@ from exporter.bisect.modules import TemplateFault, module_off, template_fault
 from exporter.bisect.report import BisectReport, Culprit
 from exporter.bisect.stages import WeightDifference, bound, differing_weights, plan_of, rebuild
 from exporter.bisect.write import write_culprit
+from exporter.bundle_graph import load_graph
 from exporter.layer_parity import compare_graph
 from exporter.layer_report import LayerReport
 from exporter.parity_tools import require_polygraphy
@@ -45,11 +46,13 @@ def bisect(
     out: str | Path,
     *,
     seed: int = 0,
+    weights_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> BisectReport:
     """Find the first node of `bundle` that computes something else than `checkpoint` says (default: its own).
 
     out: folder that must not exist yet; it gets the smallest failing model, or stays away for a healthy bundle.
+    weights_folder: see `read_bundle`.
 
     Raises what `validate` raises when the two cannot be compared, ExportError for `out`, and CierzoError without
     Polygraphy.
@@ -57,7 +60,7 @@ def bisect(
     require_polygraphy()
     target = Path(out).expanduser().absolute()
     refuse_existing(target)
-    search = _Search(Path(bundle), checkpoint, target, seed, progress)
+    search = _Search(Path(bundle), checkpoint, target, seed, weights_folder, progress)
     return search.run()
 
 
@@ -65,14 +68,20 @@ class _Search:
     """One bisection, step by step."""
 
     def __init__(
-        self, path: Path, checkpoint: str | Path | None, out: Path, seed: int, progress: Progress | None
+        self,
+        path: Path,
+        checkpoint: str | Path | None,
+        out: Path,
+        seed: int,
+        weights_folder: Path | None,
+        progress: Progress | None,
     ) -> None:
-        session = load(path)
+        session = load(path, weights_folder=weights_folder)
         self._checkpoint: Checkpoint = open_matching(session, checkpoint)
         length = boundary_lengths(session, self._checkpoint.config.layer_windows)[-1]
         del session
-        self._bundle: Bundle = read_bundle(path)
-        self._model = ir.load(self._bundle.file(self._bundle.manifest.graph.file))
+        self._bundle: Bundle = read_bundle(path, weights_folder=weights_folder)
+        self._model = load_graph(self._bundle)
         self._out, self._progress = out, progress
         self._row = np.random.default_rng(seed).integers(0, self._checkpoint.config.vocab_size, length, dtype=np.int64)
 
@@ -87,7 +96,7 @@ class _Search:
         rows = [self._row, self._row[: len(self._row) // 2 + 1][::-1].copy()][: self._bundle.manifest.kv.max_batch]
         self._teach(rows, wrong)
         steps = steps_of(rows, plan.chunk)
-        local = LocalComparison(golden, self._bundle.manifest, self._bundle.path, steps)
+        local = LocalComparison(golden, self._bundle.manifest, self._bundle.weights_folder, steps)
         shared = pairs(self._model, golden)
         case = Case(self._model, rebuilt, self._checkpoint, wrong, golden, local)
         report = BisectReport(

@@ -18,6 +18,8 @@ import torch
 from exporter.frontends import REFERENCE, open_frontend
 from exporter.frontends import trace as trace_template
 from exporter.plan import ExportPlan, make_plan
+from exporter.recipes import first_readers, graft, parameters, value_of
+from exporter.reopen import recorded_options
 from exporter.stitch import stitch
 from graph_passes import pipeline
 from graph_passes.canonical import canonicalise
@@ -83,8 +85,7 @@ def rebuild(bundle: Bundle, checkpoint: Checkpoint, plan: ExportPlan) -> Rebuilt
 
     What is too large to be run is matched on its twin here too, since a matcher tries its readings by running them.
     """
-    options = bundle.manifest.provenance.get("options")
-    options = options if isinstance(options, Mapping) else {}
+    options = recorded_options(bundle.manifest)
     frontend = open_frontend(
         str(options.get("frontend", REFERENCE.name)),
         options.get("attention"),
@@ -141,11 +142,11 @@ class WeightDifference:
 def differing_weights(bundle: ir.Model, checkpoint: Checkpoint) -> dict[str, WeightDifference]:
     """The parameters that differ from the checkpoint's in any bit of float32, by name; nothing large is held."""
     found: dict[str, WeightDifference] = {}
+    held = parameters(bundle)
     for name, source in bind(checkpoint).items():
-        value = bundle.graph.initializers.get(name)
-        if value is None or value.const_value is None:
+        if name not in held:
             continue
-        difference = _difference(name, np.asarray(value.const_value.numpy()), checkpoint, source)
+        difference = _difference(name, value_of(held[name]), checkpoint, source)
         if difference is not None:
             found[name] = difference
     return found
@@ -173,17 +174,16 @@ def _difference(
 def bound(model: ir.Model, bundle: ir.Model, checkpoint: Checkpoint, wrong: Mapping[str, WeightDifference]) -> ir.Model:
     """A copy of a rebuilt `model` with the checkpoint's weights.
 
-    They are those in the bundle's file, where they were just found to be the same; only the `wrong` ones are read
+    They are those that the bundle reads, which were just found to be the same; only the `wrong` ones are read
     from the checkpoint, so that a large model is not written a second time.
     """
     copy = model.clone()
-    sources = bind(checkpoint)
-    for name, value in copy.graph.initializers.items():
-        if not is_unbound(value):
-            continue
-        own = bundle.graph.initializers.get(name)
-        if own is not None and name not in wrong:
-            value.const_value = own.const_value
+    sources, held = bind(checkpoint), parameters(bundle)
+    unbound = {name: value for name, value in copy.graph.initializers.items() if is_unbound(value)}
+    readers = first_readers(copy, unbound.values())
+    for name, value in unbound.items():
+        if name in held and name not in wrong:
+            graft(copy, value, held[name], readers[value])
         else:
             value.const_value = ir.tensor(load_parameter(checkpoint, sources[name], torch.float32).numpy(), name=name)
     return copy

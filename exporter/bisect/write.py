@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from exporter.bisect.report import BisectReport
 from exporter.parity_tools import quiet_polygraphy
+from exporter.recipes import is_recipe
 from exporter.save import bundle_folder
 
 MODEL, WEIGHTS = "culprit.onnx", "culprit.weights"
@@ -53,7 +54,7 @@ def write_culprit(
         done = replace(
             report,
             folder=str(out),
-            nodes_written=len(piece.graph),
+            nodes_written=sum(not is_recipe(node) for node in piece.graph),
             confirmed=not passes_alone(folder, fed, name, expected, tolerance),
         )
         text = json.dumps(done.to_json() | {"tolerance": tolerance}, indent=1, ensure_ascii=False, allow_nan=False)
@@ -77,7 +78,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+                np.save(file, array, allow_pickle=False)
 
 
 def _save_for_polygraphy(folder: Path, fed: dict[str, Array], name: str, expected: Array) -> None:

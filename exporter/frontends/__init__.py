@@ -21,7 +21,8 @@ import onnx_ir as ir
 import exporter.trace
 from exporter.defaults import ATTENTIONS, FRONTENDS
 from exporter.plan import ExportPlan
-from reference.checkpoint import CONFIG_FILE, Checkpoint
+from reference.architectures import WRAPPERS
+from reference.checkpoint import HUGGING_FACE, Checkpoint
 from reference.config_keys import drop_ignored
 from runtime.errors import ExportError
 
@@ -52,8 +53,8 @@ def open_frontend(
 
     attention: how the front end transformers spells attention, None for its default.
     ignore_config_keys: see `ModelConfig.from_hf`.
-    Raises ExportError for unknown names, for an attention where there is no choice, and when the package that is to be
-    traced is not installed.
+    Raises ExportError for unknown names, for an attention where there is no choice, for a checkpoint that the package's
+    classes do not read, and when the package that is to be traced is not installed.
     """
     if name not in FRONTENDS:
         raise ExportError(f"frontend = {name!r} is not one that this version has ({', '.join(FRONTENDS)}).")
@@ -69,8 +70,24 @@ def open_frontend(
     from exporter.frontends.transformers_model import import_transformers
 
     import_transformers()
-    published = json.loads((checkpoint.path / CONFIG_FILE).read_text(encoding="utf-8"))
+    published = _published(checkpoint)
     return transformers_frontend(without_ignored(published, ignore_config_keys), attention or ATTENTIONS[0])
+
+
+def _published(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The content of the config.json; raises ExportError where there is none, or where it is of more than a decoder."""
+    if checkpoint.layout != HUGGING_FACE:
+        raise ExportError(
+            "The front end 'transformers' traces the model that a config.json describes, and this checkpoint is in "
+            f"Mistral's own layout ({checkpoint.config_file.name}). Leave the front end at 'reference'."
+        )
+    published: dict[str, Any] = json.loads(checkpoint.config_file.read_text(encoding="utf-8"))
+    if published.get("model_type") in WRAPPERS:
+        raise ExportError(
+            f"The front end 'transformers' traces language models, and {published['model_type']} is one with a vision "
+            "tower around it. Leave the front end at 'reference' for its text side."
+        )
+    return published
 
 
 def transformers_frontend(published: Mapping[str, Any], attention: str) -> Frontend:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from exporter.plan import ExportPlan
-from reference.config_keys import CONSUMED, CONSUMED_BY_MIXTRAL
+from reference.architectures import ARCHITECTURES
+from reference.config_keys import CONSUMED
 from runtime.errors import ExportError
 
 MODEL_CLASSES = {
@@ -80,6 +81,11 @@ def make_template(plan: ExportPlan, published: Mapping[str, Any], attention: str
             f"transformers {version('transformers')} has no {names[1]}. "
             "Install the version that Cierzo is tested with: pip install --upgrade 'cierzo[transformers]'."
         )
+    if plan.config.rope.type == "dynamic":
+        raise ExportError(
+            "RoPE of type dynamic looks at the data for the length of the sequence in transformers, which cannot be "
+            "traced. Leave the front end at 'reference'."
+        )
     settings = _settings(plan, published, attention)
     try:
         with _unadvised(), torch.device("meta"):
@@ -123,7 +129,7 @@ def _settings(plan: ExportPlan, published: Mapping[str, Any], attention: str) ->
     Ministral's class takes for a number.
     """
     config = plan.config
-    kept = (CONSUMED | CONSUMED_BY_MIXTRAL).difference(_LEFT_OUT)
+    kept = (CONSUMED | ARCHITECTURES[config.architecture].keys).difference(_LEFT_OUT)
     # A copy, since the class writes its own spelling into the RoPE parameters that it is given.
     settings = copy.deepcopy({key: value for key, value in published.items() if key in kept})
     settings |= {

@@ -8,6 +8,7 @@ from typing import cast
 from runtime.backends.base import Backend, Capabilities, Engine
 from runtime.bundle import Bundle
 from runtime.errors import BackendError
+from runtime.json_files import brief
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.backends.onnxruntime",
@@ -42,13 +43,16 @@ def _supported_device(capabilities: Capabilities, bundle: Bundle, device: str | 
             f"The backend {capabilities.name} has no device {chosen!r}. Available: {', '.join(capabilities.devices)}."
         )
     manifest = bundle.manifest
-    for what, dtype, supported in (
-        ("KV buffers", manifest.kv.dtype, capabilities.kv_dtypes),
-        ("weights", manifest.weights.dtype, capabilities.weight_dtypes),
+    for what, needed, supported in (
+        ("KV buffers", [manifest.kv.dtype], capabilities.kv_dtypes),
+        ("weights", manifest.weights.types, capabilities.storage_types),
+        ("arithmetic", [manifest.weights.arithmetic], capabilities.arithmetic),
     ):
-        if dtype not in supported:
+        missing = [dtype for dtype in needed if dtype not in supported]
+        if missing:
             raise BackendError(
-                f"The bundle {bundle.path} has {dtype} {what}, but the backend {capabilities.name} runs only "
-                f"{', '.join(supported)}. Export the checkpoint again with one of these, or choose another backend."
+                f"The bundle {bundle.path} has {brief(missing[0])[1:-1]} {what}, but the backend {capabilities.name} "
+                f"runs only {', '.join(supported)}. Export the checkpoint again with one of these, or choose another "
+                "backend."
             )
     return chosen

@@ -17,12 +17,17 @@ from runtime.chunking import Int64Array
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a backend can run exactly. `devices` begins with the default; `weight_dtypes` as in the manifest."""
+    """What a backend can run exactly.
+
+    devices: begins with the default. storage_types: in which weights may lie in files, as safetensors spells them.
+    arithmetic: types that it computes in, as in the manifest.
+    """
 
     name: str
     devices: tuple[str, ...]
     kv_dtypes: tuple[str, ...]
-    weight_dtypes: tuple[str, ...]
+    storage_types: tuple[str, ...]
+    arithmetic: tuple[str, ...]
 
 
 class Engine(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -15,9 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-import exporter.console
 from exporter.cli import CierzoGroup, Settings, cli
-from exporter.console import ProgressBars, explain
+from exporter.console import explain
 from runtime.errors import CheckpointError, ParityError
 
 COMMANDS = ("inspect", "export", "generate", "validate", "bisect", "demo")
@@ -185,49 +183,43 @@ cli(["flood"])
         assert process.wait() == 141
 
 
-def test_progress_is_silent_when_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    with exporter.console.progress_bars(quiet=False) as progress:
-        assert progress is None  # pytest's stderr is no terminal
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with exporter.console.progress_bars(quiet=False) as progress:
-        assert isinstance(progress, ProgressBars)
-    with exporter.console.progress_bars(quiet=True) as progress:
-        assert progress is None
-
-
-def test_one_bar_at_a_time() -> None:
-    screen = io.StringIO()
-    bars = ProgressBars(Console(file=screen, force_terminal=True, width=80))
-    bars("trace", 0, 2)
-    bars("trace", 1, 2)
-    bars("prove", 0, 0)
-    bars.close()
-    text = screen.getvalue()
-    assert text.index("trace") < text.index("prove")
-    assert "1/2" in text
-
-
 def test_export_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: dict[str, object] = {}
 
     def export(checkpoint: Path, out: Path, **options: object) -> Path:
         seen.update(options, checkpoint=checkpoint, out=out)
         out.mkdir()
-        (out / "manifest.json").write_text('{"fusion": {}}')
+        files = {"model.safetensors": {"bytes": 1000}}
+        weights = {"kind": "stored", "placement": "linked", "folder": None, "files": files}
+        (out / "manifest.json").write_text(json.dumps({"fusion": {}, "weights": weights}))
+        (out / "model.safetensors").write_bytes(bytes(1000))
         return out
 
     monkeypatch.setattr("exporter.export", export)
-    sizes = ["--weights", "fp32", "--chunk", "16", "--max-batch", "2", "--context", "64", "--no-prove"]
+    weights = ["--weights", "fp32", "--copy", "--no-hash"]
+    sizes = ["--chunk", "16", "--max-batch", "2", "--context", "64", "--no-prove"]
     keys = ["--ignore-config-key", "a", "--ignore-config-key", "b"]
-    source = ["--frontend", "transformers", "--attention", "eager"]
+    source = ["--frontend", "transformers", "--attention", "eager", "--layout", "native", "--text-only"]
     dump = tmp_path / "dump"
-    result = run("export", tmp_path, tmp_path / "out", *sizes, *keys, *source, "--dump-passes", dump, "--json")
+    result = run(
+        "export", tmp_path, tmp_path / "out", *weights, *sizes, *keys, *source, "--dump-passes", dump, "--json"
+    )
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) == {"bundle": str(tmp_path / "out"), "bytes": 14, "fusion": {}}
+    assert json.loads(result.stdout) == {
+        "bundle": str(tmp_path / "out"),
+        "bytes": (tmp_path / "out" / "manifest.json").stat().st_size,
+        "referenced_bytes": 1000,
+        "weights": {"kind": "stored", "placement": "linked", "folder": None},
+        "fusion": {},
+    }
     assert seen == {
         "checkpoint": tmp_path,
         "out": tmp_path / "out",
         "weights": "fp32",
+        "copy": True,
+        "hashes": False,
+        "layout": "native",
+        "text_only": True,
         "chunk": 16,
         "max_batch": 2,
         "context": 64,
@@ -245,6 +237,7 @@ class Verdict:
     """A validation report as far as the command looks at it."""
 
     passed: bool
+    unverified: tuple[str, ...] = ("model.safetensors",)
 
     def to_json(self) -> dict[str, object]:
         return {"passed": self.passed}
@@ -266,9 +259,12 @@ def test_validate_exits_with_the_verdict(
 
     monkeypatch.setattr("exporter.validate.validate", validate)
     monkeypatch.setattr("exporter.validate.render", render)
-    result = run("validate", tmp_path, "--backend", "abacus", "--seed", "3", *(["--json"] if as_json else []))
+    arguments = ["--backend", "abacus", "--seed", "3", "--verify", "--weights-folder", str(tmp_path)]
+    result = run("validate", tmp_path, *arguments, *(["--json"] if as_json else []))
     assert result.exit_code == exit_code
-    assert seen == [tmp_path, None, {"backend": "abacus", "seed": 3, "progress": None}]
+    options = {"backend": "abacus", "seed": 3, "verify": True, "weights_folder": tmp_path, "progress": None}
+    assert seen == [tmp_path, None, options]
+    assert "has no hash of model.safetensors, so only the size was compared" in result.stderr
     if as_json:
         assert json.loads(result.stdout) == {"passed": passed}
     else:

@@ -171,3 +171,26 @@ cli(["export", {str(toy.parent)!r}, {str(toy.parent / "out")!r}])
     assert done.returncode == 2
     assert "which is not installed here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_weights_that_were_moved_and_hashes_that_are_compared(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    weights = (toy / "weights.bin").rename(tmp_path / "moved" / "weights.bin")
+    arguments = (toy, words(PROMPT), "--ids", "--verify", "--weights-folder", tmp_path / "moved")
+    result = generate(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == words(TOY.greedy(PROMPT, 12)) + "\n"
+    manifest = json.loads((toy / "manifest.json").read_text())
+    manifest["weights"]["files"]["weights.bin"]["sha256"] = None
+    (toy / "manifest.json").write_text(json.dumps(manifest))
+    result = generate(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.startswith("cierzo: the manifest has no hash of weights.bin, so only the size was compared.")
+    graph = bytearray((toy / "model.onnx").read_bytes())
+    graph[-1] ^= 1
+    (toy / "model.onnx").write_bytes(graph)
+    result = generate(*arguments)
+    assert result.exit_code == 2
+    assert "model.onnx" in result.stderr
+    assert "has the SHA-256" in result.stderr
+    assert weights.is_file()

@@ -17,18 +17,19 @@ import pytest
 
 import exporter.compile
 import exporter.stitch
+import exporter.write
 from exporter import export
 from exporter.plan import ExportPlan, make_plan
 from graph_passes.pipeline import PIPELINE
 from reference.checkpoint import open_checkpoint
 from reference.weights import bind
 from runtime import load
-from runtime.errors import BundleError, ExportError, FusionError, TraceError
+from runtime.errors import BundleError, ContextError, ExportError, FusionError, TraceError
 from runtime.rolling_kv import kv_bytes
 from tests.support.bundles import checkpoint, exported, shared_traces
 from tests.support.checkpoints import load_oracle
 
-STAGES = ("tracing", "fusing", "writing weights")
+STAGES = ("tracing", "fusing", "writing weights", "hashing")
 
 
 def names(folder: Path) -> list[str]:
@@ -44,8 +45,9 @@ def test_the_manifest_describes_the_bundle() -> None:
     manifest = json.loads((case.bundle / "manifest.json").read_text())
     tokenizer = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
     assert manifest["tokenizer"] == tokenizer
-    assert set(manifest["files"]) == {"model.onnx", "weights.safetensors", *tokenizer}
-    assert names(case.bundle) == sorted([*manifest["files"], "manifest.json"])
+    assert set(manifest["files"]) == {"model.onnx", *tokenizer}
+    assert set(manifest["weights"]["files"]) == {"model.safetensors"}
+    assert names(case.bundle) == sorted([*manifest["files"], "manifest.json", "model.safetensors"])
     for name, entry in manifest["files"].items():
         content = (case.bundle / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -54,8 +56,18 @@ def test_the_manifest_describes_the_bundle() -> None:
     parameters = sum(parameter.numel() for parameter in load_oracle(case.checkpoint).parameters())
     assert manifest["model"]["parameters"] == parameters
     assert manifest["provenance"]["checkpoint"] == str(case.checkpoint)
-    options = {"weights": "fp32", "chunk": 3, "max_batch": 2, "context": None, "prove": True}
+    options = {"weights": "stored", "copy": False, "chunk": 3, "max_batch": 2, "context": None, "prove": True}
     assert manifest["provenance"]["options"].items() >= options.items()
+    consumed = {file.name for file in case.checkpoint.iterdir()} - {"generation_config.json"}
+    assert set(manifest["provenance"]["files"]) == consumed
+    for name, entry in manifest["provenance"]["files"].items():
+        content = (case.checkpoint / name).read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        once_more = hashlib.sha256(bytes.fromhex(sha256)).hexdigest()  # the block hash of a file of one block
+        large = name.endswith(".safetensors")
+        due = {"sha256": None, "blocks_sha256": once_more} if large else {"sha256": sha256, "blocks_sha256": None}
+        assert entry == {"bytes": len(content)} | due, name
+    assert {"python", "numpy", "torch", "onnxruntime"} <= manifest["provenance"]["versions"].keys()
     assert manifest["kv"]["max_batch"] == 2
     assert manifest["fusion"]["proved"]
     assert manifest["fusion"]["nodes"]["SlidingWindowAttention"] == 2
@@ -75,10 +87,20 @@ def test_capacities_are_those_of_the_plan() -> None:
     assert case.session().kv_bytes == expected
 
 
+def test_dynamic_rope_may_run_up_to_where_it_begins(tmp_path: Path) -> None:
+    source = checkpoint(rope={"rope_type": "dynamic", "factor": 2.0}, max_position_embeddings=16)
+    with shared_traces():
+        session = load(export(source, tmp_path / "bundle", chunk=4, prove=False), threads=1)
+    assert session.manifest.kv.position_limit == open_checkpoint(source).config.position_limit == 16
+    session.forward([1] * 16)
+    with pytest.raises(ContextError, match="dynamic RoPE: from position 16"):
+        session.forward([1])
+
+
 def test_progress_is_told_in_order(tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     with shared_traces():
-        out = export(checkpoint(), tmp_path / "bundle", chunk=4, progress=lambda *call: calls.append(call))
+        out = export(checkpoint(), tmp_path / "bundle", chunk=4, copy=True, progress=lambda *call: calls.append(call))
     assert out == tmp_path / "bundle"
     assert tuple(dict.fromkeys(stage for stage, _, _ in calls)) == STAGES
     for stage in STAGES:
@@ -110,7 +132,7 @@ def test_an_exception_in_the_middle_leaves_nothing(tmp_path: Path, stage: str) -
             raise Stop
 
     with shared_traces(), pytest.raises(Stop):
-        export(checkpoint(), tmp_path / "bundle", chunk=4, progress=stop)
+        export(checkpoint(), tmp_path / "bundle", chunk=4, copy=True, progress=stop)
     assert names(tmp_path) == []
 
 
@@ -118,7 +140,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(exporter.compile, "write_manifest", full)
+    monkeypatch.setattr(exporter.write, "write_manifest", full)
     with shared_traces(), pytest.raises(ExportError, match=r"Writing .* failed: .*No space left"):
         export(checkpoint(), tmp_path / "bundle", chunk=4)
     assert names(tmp_path) == []
@@ -135,7 +157,7 @@ def kill(stage, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 export(source, whole, chunk=4, max_batch=4)
-export(source, killed, chunk=4, max_batch=4, progress=kill)
+export(source, killed, chunk=4, max_batch=4, copy=True, progress=kill)
 """
 
 
@@ -154,11 +176,12 @@ def test_a_killed_export_leaves_no_bundle_and_two_exports_give_equal_bytes(tmp_p
     assert not killed.exists()
     (left,) = (folder for folder in tmp_path.iterdir() if folder != whole)
     assert left.name.startswith(".killed.partial-")
-    assert names(left) == ["weights.safetensors"]
+    assert names(left) == ["model.onnx", "weights.safetensors"]
     with pytest.raises(BundleError):
         load(left)
     with shared_traces():
-        export(case.checkpoint, killed, chunk=4)  # what was left does not stand in the way
+        export(case.checkpoint, killed, chunk=4)  # what was left is cleared away
+    assert names(tmp_path) == ["killed", "whole"]
     assert load(killed, verify=True, threads=1).forward([1, 2, 3]).shape == (1, 3, 64)
 
 

@@ -62,14 +62,14 @@ def edited(source: Path, **changes: object) -> Path:
 
 CONFIGS: dict[str, tuple[dict[str, object], str]] = {
     "unknown RoPE type": (
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        'config.json says rope_parameters.rope_type = "dynamic", but Cierzo computes RoPE of the types',
+        {"rope_parameters": {"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}},
+        'config.json says rope_parameters.rope_type = "proportional", but Cierzo computes RoPE of the types',
     ),
     "unknown activation": ({"hidden_act": "mish"}, 'config.json says hidden_act = "mish", but Cierzo computes'),
     "unknown key": ({"attention_sinks": 4}, "config.json says attention_sinks = 4, but Cierzo does not know"),
     "key that changes the maths": ({"attention_bias": True}, "config.json says attention_bias = true, but"),
     "quantised": ({"quantization_config": {"bits": 4}}, "config.json says quantization_config ="),
-    "other architecture": ({"model_type": "llama"}, 'config.json says model_type = "llama"'),
+    "other architecture": ({"model_type": "gemma"}, 'config.json says model_type = "gemma"'),
 }
 
 
@@ -115,7 +115,7 @@ WEIGHTS: dict[str, tuple[Edit, str]] = {
     ),
     "integers": (tensors_changed({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "(I8)"),
     "truncated file": (truncated, "model.safetensors"),
-    "no weights": (without(SINGLE_FILE), "has neither model.safetensors nor"),
+    "no weights": (without(SINGLE_FILE), "but neither model.safetensors nor"),
     "no config": (without("config.json"), "has no config.json"),
     "no folder": (lambda folder: shutil.rmtree(folder), "does not exist"),
 }
@@ -129,7 +129,7 @@ def test_weights(source: Path, target: Path, name: str) -> None:
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "weights": ({"weights": "int3"}, "weights = 'int3' is not one that this version writes (fp32)"),
+    "weights": ({"weights": "int3"}, "weights = 'int3' is not one that this version writes (stored, fp32)"),
     "no chunk": ({"chunk": 0}, "chunk is 0, but must be a whole number of at least 1"),
     "no rows": ({"max_batch": 0}, "max_batch is 0, but must be"),
     "no context": ({"context": 0}, "context is 0, but must be"),

@@ -37,6 +37,8 @@ from runtime.errors import ConfigError, ExportError, TraceError
 from tests.support.bundles import checkpoint, shared_traces, trace_once
 from tests.support.checkpoints import make_checkpoint
 from tests.support.graphs import Arrays, bind, op_types, parse, run
+from tests.support.twins import make_twin, shrunk
+from tests.support.twins import published as of_published
 
 LINEAR: dict[str, Any] = {"rope": {"rope_type": "linear", "factor": 2.0}, "head_dim": 12, "tie": True}
 
@@ -299,3 +301,27 @@ def test_ignored_keys_do_not_reach_the_class(tmp_path: Path) -> None:
     theirs = make_template(plan, without_ignored(published(source), ignored), "sdpa").inverse_frequency_d
     assert torch.equal(theirs, ours)
     assert not torch.equal(make_template(plan, published(source), "sdpa").inverse_frequency_d, ours)
+
+
+def test_other_architectures_are_refused_with_a_way_out() -> None:
+    source = checkpoint(architecture="llama")
+    with pytest.raises(
+        ExportError, match=r"traces mistral, mixtral, ministral and this is llama\. Leave .*'reference'"
+    ):
+        make_template(plan_of(source), published(source), "sdpa")
+
+
+def test_dynamic_rope_cannot_be_traced_from_transformers() -> None:
+    source = checkpoint(rope={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(ExportError, match=r"looks at the data .* Leave the front end at 'reference'"):
+        make_template(plan_of(source), published(source), "eager")
+
+
+def test_a_vision_tower_and_another_layout_are_refused(tmp_path: Path) -> None:
+    folder = make_twin(tmp_path, shrunk(of_published("Pixtral-12B")))
+    opened = open_checkpoint(folder, text_only=True)
+    with pytest.raises(ExportError, match=r"llava is one with a vision tower around it\. Leave .*'reference'"):
+        open_frontend("transformers", None, opened)
+    native = replace(opened, layout="native", config_file=folder / "params.json")
+    with pytest.raises(ExportError, match=r"Mistral's own layout \(params\.json\)\. Leave .*'reference'"):
+        open_frontend("transformers", None, native)

@@ -129,3 +129,10 @@ def test_a_twin_has_no_size_of_its_model(sizes: dict[str, int]) -> None:
 def test_a_plan_is_frozen() -> None:
     with pytest.raises(AttributeError):
         make_plan(config(5)).chunk = 3  # type: ignore[misc]
+
+
+def test_a_context_past_the_end_of_dynamic_rope_is_refused() -> None:
+    dynamic = replace(config(None, longest=100), rope=RopeConfig(1e4, "dynamic", 2.0), position_limit=100)
+    assert make_plan(dynamic).context == make_plan(dynamic, context=100).context == 100
+    with pytest.raises(ExportError, match=r"context is 101, but with RoPE of type dynamic .* position 100 only"):
+        make_plan(dynamic, context=101)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from exporter.save import bundle_folder, file_entry, refuse_existing, refuse_full_disk, write_manifest
+from exporter.save import bundle_folder, refuse_existing, refuse_full_disk, write_manifest
 from runtime.errors import ExportError
 
 
@@ -84,14 +83,6 @@ def test_a_full_disk_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: p
     refuse_full_disk(tmp_path / "bundle", 3_000_000_000)
     with pytest.raises(ExportError, match=r"needs 14\.48 GB and the disk of .* has 3\.00 GB left"):
         refuse_full_disk(tmp_path / "bundle", 14_480_000_000)
-
-
-def test_file_entries(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 5000  # more than is hashed at once
-    (tmp_path / "file").write_bytes(content)
-    expected = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert file_entry(tmp_path / "file") == expected
-    assert file_entry(tmp_path / "file", "known") == {"bytes": len(content), "sha256": "known"}
 
 
 def test_the_manifest_is_readable_json_in_the_order_given(tmp_path: Path) -> None:

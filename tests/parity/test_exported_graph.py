@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import pytest
 
-from exporter.compile import MODEL_FILE
+from exporter.write import MODEL_FILE
 from tests.support.bundles import exported
 
 CHUNK, CONTEXT = 13, 29

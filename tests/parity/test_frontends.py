@@ -18,10 +18,10 @@ import pytest
 import torch
 import transformers
 
-from exporter.compile import MODEL_FILE
 from exporter.defaults import ATTENTIONS
 from exporter.frontends import open_frontend
 from exporter.plan import make_plan
+from exporter.write import MODEL_FILE
 from graph_passes.unbound import is_unbound
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.weights import bind, load_parameter
@@ -125,7 +125,6 @@ def test_both_front_ends_give_the_same_plugin_nodes_and_the_same_manifest(name: 
         assert manifest["fusion"]["nodes"] == expected["fusion"]["nodes"]
         assert manifest["fusion"]["counts"] == expected["fusion"]["counts"]
         assert manifest["files"].keys() == expected["files"].keys()
-        assert manifest["files"]["weights.safetensors"] == expected["files"]["weights.safetensors"]
         assert surface(case.bundle) == surface(reference.bundle)
         provenance, other = manifest["provenance"], expected["provenance"]
         assert provenance["versions"] == other["versions"] | {"transformers": transformers.__version__}

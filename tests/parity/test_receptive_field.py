@@ -29,7 +29,8 @@ def with_other_token(row: list[int], position: int, vocab_size: int) -> list[int
 
 def moved(before: Logits, after: Logits, row: int) -> list[int]:
     """Positions whose logits differ in any bit."""
-    return np.flatnonzero((before[row].view(np.uint32) != after[row].view(np.uint32)).any(axis=-1)).tolist()
+    differs_T = (before[row].view(np.uint32) != after[row].view(np.uint32)).any(axis=-1)
+    return [int(position) for position in np.flatnonzero(differs_T)]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -36,7 +36,7 @@ def test_a_good_bundle_is_read(folder: Path) -> None:
 
 def test_unknown_keys_are_ignored(folder: Path) -> None:
     damage(folder, lambda manifest: manifest["model"].update(invented_later=1))
-    assert read_bundle(folder).manifest.schema_version == 1
+    assert read_bundle(folder).manifest.schema_version == 2
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_manifest_that_is_no_object_is_refused(folder: Path, text: str) -> Non
 
 def test_a_manifest_that_is_no_text_is_refused(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(BundleError, match="is not readable JSON"):
         read_bundle(folder)
 
 
@@ -86,7 +86,8 @@ def test_changed_content_is_found_when_asked(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer schema": (lambda m: m.update(schema_version=2), "schema 2, but this Cierzo reads schemas up to 1"),
+    "newer schema": (lambda m: m.update(schema_version=3), "schema 3, but this Cierzo reads schema 2. Upgrade Cierzo"),
+    "older schema": (lambda m: m.update(schema_version=1), "schema 1, which does not say where its weights lie"),
     "no schema": (lambda m: m.pop("schema_version"), "`schema_version` must be an integer, but it is missing"),
     "boolean size": (lambda m: m["model"].update(hidden_size=True), "`model.hidden_size` must be an integer"),
     "size as text": (lambda m: m["kv"].update(chunk="3"), "`kv.chunk` must be an integer, but it is '3'"),
@@ -94,7 +95,22 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no section": (lambda m: m.pop("graph"), "`graph` must be an object, but it is missing"),
     "graph name": (lambda m: m["graph"].update(logits=None), "`graph.logits` must be a string"),
     "kv dtype": (lambda m: m["kv"].update(dtype="float8"), "`kv.dtype` is 'float8', but this Cierzo knows only"),
-    "weights dtype": (lambda m: m["weights"].update(dtype="fp8"), "`weights.dtype` is 'fp8'"),
+    "kind": (lambda m: m["weights"].update(kind="fp8"), "`weights.kind` is 'fp8', but this Cierzo knows only"),
+    "placement": (lambda m: m["weights"].update(placement="sent"), "`weights.placement` is 'sent'"),
+    "types": (lambda m: m["weights"].update(types={"BF16": 0}), "`weights.types.BF16` is 0"),
+    "folded": (lambda m: m["weights"].pop("folded_bytes"), "`weights.folded_bytes` must be an integer"),
+    "folding": (lambda m: m["weights"].update(folding_bytes=2**60), "`weights.folding_bytes` is 1152921504606846976"),
+    "no folder": (lambda m: m["weights"].update(placement="folder"), "`weights.folder` is None, which does not go"),
+    "a folder": (lambda m: m["weights"].update(folder="/w"), "`weights.folder` is '/w', which does not go with"),
+    "limit": (lambda m: m["kv"].update(position_limit=0), "`kv.position_limit` is 0"),
+    "hash": (
+        lambda m: m["weights"]["files"]["weights.bin"].update(sha256="ABC"),
+        "`weights.files.weights.bin.sha256` must be 64 hexadecimal digits",
+    ),
+    "block hash": (
+        lambda m: m["weights"]["files"]["weights.bin"].update(blocks_sha256=7),
+        "`weights.files.weights.bin.blocks_sha256` must be a string",
+    ),
     "layers": (lambda m: m["kv"]["layers"].pop(), "1 KV layers for a model of 2 layers"),
     "layer": (lambda m: m["kv"]["layers"].__setitem__(0, 5), "`kv.layers[0]` must be an object"),
     "small ring": (lambda m: m["kv"]["layers"][0].update(capacity=5), "has 5 slots, but a window of 4"),
@@ -106,10 +122,14 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "eos": (lambda m: m["model"].update(eos_token_ids=[99]), "inside the vocabulary"),
     "bos": (lambda m: m["model"].update(bos_token_id=37), "`model.bos_token_id` 37 is outside the vocabulary"),
-    "unlisted file": (lambda m: m["files"].pop("weights.bin"), "refers to weights.bin, but does not list"),
+    "unlisted file": (lambda m: m["files"].pop("model.onnx"), "refers to 'model.onnx', but does not list"),
     "tokenizer": (lambda m: m.update(tokenizer=[1]), "`tokenizer` must hold strings only"),
-    "outside": (lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "lies outside the bundle"),
-    "absolute": (lambda m: m["files"].update({"/x": {"bytes": 1, "sha256": ""}}), "lies outside the bundle"),
+    "outside": (lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}}), "lies outside the bundle"),
+    "weights outside": (
+        lambda m: m["weights"]["files"].update({"../x": {"bytes": 1, "sha256": None, "blocks_sha256": None}}),
+        "'../x', which lies outside the bundle",
+    ),
+    "absolute": (lambda m: m["files"].update({"/x": {"bytes": 1, "sha256": "0" * 64}}), "lies outside the bundle"),
 }
 
 

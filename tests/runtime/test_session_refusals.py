@@ -134,3 +134,16 @@ def test_a_bundle_without_tokenizer_says_so(session: Session) -> None:
         _ = session.tokenizer
     with pytest.raises(TokenizerError, match="has no tokenizer"):
         session.generate([1], stop_strings=["x"], max_new_tokens=2)
+
+
+def test_nothing_is_fed_past_the_position_where_dynamic_rope_begins(tmp_path: Path) -> None:
+    session = load(write_toy_bundle(tmp_path / "bundle", ToyModel(position_limit=10)), threads=1)
+    session.forward([1] * 8)
+    with pytest.raises(ContextError, match="this model has dynamic RoPE: from position 10 on its frequencies depend"):
+        session.forward([1] * 3)
+    with pytest.raises(ContextError, match="2 more and then 1 generated ones would make 11"):
+        session.generate([1, 1], max_new_tokens=2)
+    assert session.position.tolist() == [8]
+    assert session.forward([1] * 2).shape == (1, 2, 37)
+    with pytest.raises(ContextError, match="dynamic RoPE"):
+        session.forward([1])

@@ -47,17 +47,26 @@ def body_node(model: onnx.ModelProto, op: str, inner: str) -> onnx.NodeProto:
 
 
 def with_weights(bundle: Path, folder: Path, parameter: str, elements: Sequence[int], by: float) -> Path:
-    """A copy of the bundle in which these elements of a parameter, counted flat, are larger by `by`."""
-    shutil.copytree(bundle, folder)
-    path = folder / "weights.safetensors"
+    """A copy of the bundle in which these elements of a parameter, counted flat, are larger by `by`.
+
+    The parameter lies in one piece; elements are counted as they are stored.
+    """
+    shutil.copytree(bundle, folder)  # what was linked is copied, so that the checkpoint stays as it is
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    (tensor,) = [tensor for tensor in graph.initializer if tensor.name in (parameter, f"{parameter}.stored")]
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    path, begin, length = folder / place["location"], int(place["offset"]), int(place["length"])
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     data = bytearray(path.read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    begin, end = json.loads(data[8 : 8 + length])[parameter]["data_offsets"]
-    values = np.frombuffer(data, np.float32, (end - begin) // 4, 8 + length + begin).copy()
-    values[list(elements)] += np.float32(by)
-    data[8 + length + begin : 8 + length + end] = values.tobytes()
+    values = np.frombuffer(data, dtype, length // dtype.itemsize, begin).copy()
+    values[list(elements)] += np.array(by, dtype)
+    data[begin : begin + length] = values.tobytes()
     path.write_bytes(bytes(data))
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][path.name]["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest["weights"]["files"][path.name] = {
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "blocks_sha256": None,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -39,6 +39,7 @@ class ToyModel:
     hidden_size: int = 10
     seed: int = 0
     eos_token_ids: tuple[int, ...] = (2,)
+    position_limit: int | None = None
     weights: dict[str, NDArray[np.float32]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +113,7 @@ def write_toy_bundle(folder: Path, model: ToyModel | None = None, tokenizer: dic
 def toy_manifest(folder: Path, model: ToyModel, tokenizer: list[str]) -> dict[str, Any]:
     """The manifest of the files in `folder`, as a mapping that a test may damage."""
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "cierzo_version": "0.1.0",
         "model": {
             "architecture": "mistral", "num_layers": len(model.windows), "hidden_size": model.hidden_size,
@@ -127,6 +128,7 @@ def toy_manifest(folder: Path, model: ToyModel, tokenizer: list[str]) -> dict[st
         },
         "kv": {
             "dtype": "float32", "chunk": model.chunk, "max_batch": model.max_batch, "context": model.context,
+            "position_limit": model.position_limit,
             "layers": [
                 {
                     "window": window, "capacity": model.capacity(layer),
@@ -136,18 +138,21 @@ def toy_manifest(folder: Path, model: ToyModel, tokenizer: list[str]) -> dict[st
                 for layer, window in enumerate(model.windows)
             ],
         },
-        "weights": {"file": "weights.bin", "dtype": "fp32"},
-        "tokenizer": tokenizer,
-        "files": {
-            name: {
-                "bytes": (folder / name).stat().st_size,
-                "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
-            }
-            for name in ("model.onnx", "weights.bin", *tokenizer)
+        "weights": {
+            "kind": "fp32", "arithmetic": "float32", "placement": "copied", "folder": None,
+            "types": {"F32": len(model.weights)}, "folded_bytes": 0, "folding_bytes": 0,
+            "files": {"weights.bin": _entry(folder / "weights.bin")},
         },
+        "tokenizer": tokenizer,
+        "files": {name: _entry(folder / name) for name in ("model.onnx", *tokenizer)},
         "provenance": {"checkpoint": "toy", "versions": {}, "options": {}},
         "fusion": {},
     }  # fmt: skip
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "blocks_sha256": None}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

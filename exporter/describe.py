@@ -1,0 +1,129 @@
+"""The sections of a bundle's manifest; docs/manifest.schema.json describes each key."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.frontends import Frontend
+from exporter.hashing import small_entry
+from exporter.placement import Placement
+from exporter.plan import ExportPlan
+from exporter.recipes import Recipe
+from exporter.trace import INPUT_IDS, LOGITS, START_POSITIONS, TOKEN_COUNTS, past_names, present_names
+from graph_passes.ops import OPSET
+from reference.checkpoint import Checkpoint
+from reference.layouts import layout_of
+from reference.weight_source import WeightSource
+
+_VERSIONED = ("cierzo", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+Entry = dict[str, Any]
+
+
+def model_section(plan: ExportPlan, sources: Mapping[str, WeightSource]) -> dict[str, Any]:
+    """Sizes of the model, and the ids that begin and end a text."""
+    config = plan.config
+    return {
+        "architecture": config.architecture,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_ids": list(config.eos_token_ids),
+        "parameters": sum(math.prod(source.shape) for source in sources.values()),
+    }
+
+
+def graph_section(file: str) -> dict[str, Any]:
+    """The ONNX file and the names of its inputs and outputs, apart from the rings."""
+    return {
+        "file": file,
+        "opset": OPSET,
+        "input_ids": INPUT_IDS,
+        "start_positions": START_POSITIONS,
+        "token_counts": TOKEN_COUNTS,
+        "logits": LOGITS,
+    }
+
+
+def kv_section(plan: ExportPlan) -> dict[str, Any]:
+    """The rings: what a layer's `past_*` and `present_*` name is one buffer, bound twice."""
+    layers = []
+    for layer, kind in enumerate(plan.kind_of_layer):
+        (past_key, past_value), (present_key, present_value) = past_names(layer), present_names(layer)
+        layers.append(
+            {
+                "window": plan.kinds[kind],
+                "capacity": plan.capacity(kind),
+                "past_key": past_key,
+                "past_value": past_value,
+                "present_key": present_key,
+                "present_value": present_value,
+            }
+        )
+    return {
+        "dtype": "float32",
+        "chunk": plan.chunk,
+        "max_batch": plan.max_batch,
+        "context": plan.context,
+        "position_limit": plan.config.position_limit,
+        "layers": layers,
+    }
+
+
+def weights_section(
+    kind: str, placement: Placement, recipes: Sequence[Recipe], files: Mapping[str, Entry]
+) -> dict[str, Any]:
+    """Where the weights lie and as what."""
+    types = Counter(piece.dtype for recipe in recipes for piece in recipe.pieces)
+    return {
+        "kind": kind,
+        "arithmetic": "float32",
+        "placement": placement.kind,
+        "folder": None if placement.folder is None else str(placement.folder),
+        "types": dict(sorted(types.items())),
+        "folded_bytes": sum(recipe.folded_bytes for recipe in recipes),
+        "folding_bytes": sum(recipe.folding_bytes for recipe in recipes),
+        "files": dict(files),
+    }
+
+
+def provenance_section(
+    checkpoint: Checkpoint,
+    tokenizer: Sequence[Path],
+    tensor_files: Mapping[Path, Entry],
+    frontend: Frontend,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The checkpoint with every file that the bundle was made from, the versions of everything, and the options."""
+    index = checkpoint.path / layout_of(checkpoint.path, checkpoint.layout).index
+    small = [checkpoint.config_file, *([index] if index.is_file() else []), *tokenizer]
+    entries = {file.name: small_entry(file) for file in small}
+    entries |= {file.name: entry for file, entry in tensor_files.items()}
+    return {
+        "checkpoint": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "config": checkpoint.config_file.name,
+        "files": entries,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in (*_VERSIONED, *frontend.distributions)},
+        "options": dict(options),
+    }
+
+
+def version(distribution: str) -> str:
+    """The version of an installed distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from a source tree that was never installed
