@@ -77,7 +77,8 @@ def measure(label: str, shape: Shape, repeats: int, imports: int) -> Row:
         seconds, anonymous = [], []
         for _ in range(repeats):
             bundle = folder / "bundle"
-            duration, peak = watch([sys.executable, "-m", "exporter", "export", str(checkpoint), str(bundle), "--json"])
+            command = [sys.executable, "-m", "exporter", "export", str(checkpoint), str(bundle), "--json"]
+            duration, peak = watch([*command, "--weights", "fp32"])
             written = sum(file.stat().st_size for file in bundle.iterdir())
             shutil.rmtree(bundle)
             seconds.append(duration)

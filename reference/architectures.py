@@ -163,8 +163,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             weight_map="qwen3_moe",
             # intermediate_size is that of layers without experts, max_window_layers of the dense models.
             neutral=frozenset({"intermediate_size", "max_window_layers"}),
-            fixed=_QK_NORM
-            | {
+            fixed={
+                **_QK_NORM,
                 "decoder_sparse_step": ((1,), _ALL_MIXTURES),
                 "mlp_only_layers": ((None, []), _ALL_MIXTURES),
                 "shared_expert_intermediate_size": ((None, 0), _NOT_SHARED),

@@ -28,6 +28,8 @@ HUGGING_FACE, NATIVE = "huggingface", "native"
 LAYOUTS = (HUGGING_FACE, NATIVE)
 """In the order in which a folder that holds both is read when no layout is asked for."""
 
+_ADAPTER = "adapter_config.json"
+"""What peft writes beside the weights that it adds (LoRA)."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -86,6 +88,11 @@ def layout_of(folder: Path, asked: str | None = None) -> Layout:
             )
         return chosen
     with_config = [layout for layout in layouts if is_listed(folder / layout.config)]
+    if not with_config and is_listed(folder / _ADAPTER):
+        raise CheckpointError(
+            f"{folder} has no config.json but an {_ADAPTER}: it is what training added to a model (LoRA), and not the "
+            "model. Merge it into its base (merge_and_unload of peft) and save the result with save_pretrained."
+        )
     if not with_config:
         raise CheckpointError(
             f"{folder} has no config.json and no params.json{unfinished(folder)}, so it is a checkpoint neither in "
@@ -97,8 +104,14 @@ def layout_of(folder: Path, asked: str | None = None) -> Layout:
 def find_tensors(folder: Path, layout: Layout) -> dict[str, TensorEntry]:
     """Every tensor of the safetensors files of `layout`, and of no other file.
 
-    Raises CheckpointError for missing, damaged, contradictory or pickled files.
+    Raises CheckpointError for missing, damaged, contradictory or pickled files, and for an adapter beside them.
     """
+    if layout.name == HUGGING_FACE and is_listed(folder / _ADAPTER):
+        raise CheckpointError(
+            f"{folder} has an {_ADAPTER} beside its {layout.config}, and transformers would add that adapter (LoRA) to "
+            "the weights. Merge it (merge_and_unload of peft) and save the result into a folder of its own, or take "
+            "the adapter's files out of this one if the weights are meant without it."
+        )
     index, single = folder / layout.index, folder / layout.single
     if is_listed(index):
         require_target(index)
@@ -136,8 +149,13 @@ def _no_tensors(folder: Path, layout: Layout) -> CheckpointError:
         if other is not layout and other.has_tensors(folder):
             return CheckpointError(
                 f"{missing}, only tensors that belong to a {other.config} ({other.stem}*.safetensors), "
-                f"and the two layouts name and order them differently. Download {other.config} as well, or "
-                f"{layout.stem}*.safetensors."
+                "and the two layouts name and order them differently. "
+                + (
+                    f"Ask for the layout {other.name}"
+                    if is_listed(folder / other.config)
+                    else f"Download {other.config}"
+                )
+                + f", or download {layout.stem}*.safetensors."
             )
     others = [name for name in names if name.endswith(".safetensors")]
     found = f"only {some(others, 3)}" if others else "no safetensors file at all"

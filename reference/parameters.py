@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from reference.config import ModelConfig
 
-EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING, FINAL_NORM, LM_HEAD = "embed_tokens.weight", "norm.weight", "lm_head.weight"
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -20,7 +20,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= _attention(config, prefix + "self_attn.")
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
         shapes |= _feed_forward(config, prefix)
-    shapes["norm.weight"] = (hidden,)
+    shapes[FINAL_NORM] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[LM_HEAD] = (config.vocab_size, hidden)
     return shapes

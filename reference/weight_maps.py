@@ -21,7 +21,7 @@ from reference.architectures import ARCHITECTURES
 from reference.checkpoint import HUGGING_FACE
 from reference.config import ModelConfig
 from reference.native_weights import native_source
-from reference.parameters import EMBEDDING, LM_HEAD, parameter_shapes
+from reference.parameters import EMBEDDING, FINAL_NORM, LM_HEAD, parameter_shapes
 from reference.weight_source import WeightSource, rows_of, stacked, whole
 
 _BEHIND_VISION = ("model.language_model.", "language_model.model.")
@@ -67,7 +67,8 @@ def weight_map(
 def stored_names(tensor_names: Collection[str]) -> StoredNames:
     """The spelling of a checkpoint in the Hugging Face layout, by the names of its tensors."""
     names = frozenset(tensor_names)
-    prefix = next((p for p in _BEHIND_VISION if any(name.startswith(p) for name in names)), "model.")
+    bare = FINAL_NORM in names  # a model that was saved without its head, as embedding models are
+    prefix = next((p for p in _BEHIND_VISION if any(name.startswith(p) for name in names)), "" if bare else "model.")
     return StoredNames(names, prefix, next((head for head in HEADS if head in names), LM_HEAD))
 
 

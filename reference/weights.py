@@ -9,7 +9,7 @@ from reference.checkpoint import HUGGING_FACE, Checkpoint, some
 from reference.config import ModelConfig
 from reference.native_weights import NATIVE_LM_HEAD, native_unused_reason
 from reference.parameters import EMBEDDING, LM_HEAD, parameter_shapes
-from reference.weight_maps import HEADS, stored_names, weight_map
+from reference.weight_maps import HEADS, weight_map
 from reference.weight_source import Piece, WeightSource, load_parameter
 from runtime.errors import CheckpointError
 
@@ -28,7 +28,7 @@ __all__ = [
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16", "F64")
 _ROTARY_BUFFER = re.compile(
-    r"(model|model\.language_model|language_model\.model)\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    r"((model|model\.language_model|language_model\.model)\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 )
 _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..+")
 _COMPARED_AT_ONCE = 1 << 22
@@ -40,20 +40,20 @@ def bind(checkpoint: Checkpoint) -> dict[str, WeightSource]:
     Raises CheckpointError when tensors are missing, misshapen or of a type that is no plain floating point, when some
     are neither consumed nor declared unused, and when a model with tied embeddings stores two different ones.
     """
-    config, tensors = checkpoint.config, checkpoint.tensors
+    config, tensors, file = checkpoint.config, checkpoint.tensors, checkpoint.config_file.name
     sources = weight_map(config, tensors, checkpoint.layout)
     shapes = {piece.tensor: piece.tensor_shape for source in sources.values() for piece in source.pieces}
     missing = [name for name in shapes if name not in tensors]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {_tensors(missing)} that {config.architecture} with {config.num_layers} layers "
-            "takes. Check that config.json belongs to these weights and that all files were downloaded."
+            f"takes. Check that {file} belongs to these weights and that all files were downloaded."
         )
     surplus = [name for name in tensors if name not in shapes and _unused_in(checkpoint, name) is None]
     if surplus:
         raise CheckpointError(
             f"{checkpoint.path} holds {_tensors(surplus)} that {config.architecture} with {config.num_layers} layers "
-            "has no use for, so it was made for another model. Check that config.json belongs to these weights."
+            f"has no use for, so it was made for another model. Check that {file} belongs to these weights."
         )
     misshapen = [
         f"{name} is {list(tensors[name].shape)} instead of {list(shape)}"
@@ -62,8 +62,8 @@ def bind(checkpoint: Checkpoint) -> dict[str, WeightSource]:
     ]
     if misshapen:
         raise CheckpointError(
-            f"{checkpoint.path} has {len(misshapen)} of another shape than config.json says: {some(misshapen, 3)}. "
-            "Check that config.json belongs to these weights."
+            f"{checkpoint.path} has {len(misshapen)} of another shape than {file} says: {some(misshapen, 3)}. "
+            f"Check that {file} belongs to these weights."
         )
     packed = [f"{name} ({tensors[name].dtype})" for name in shapes if tensors[name].dtype not in WEIGHT_DTYPES]
     if packed:
@@ -98,9 +98,13 @@ def _unused_in(checkpoint: Checkpoint, name: str) -> str | None:
 def _check_tied_head(checkpoint: Checkpoint, sources: dict[str, WeightSource]) -> None:
     """transformers does not tie when both matrices are stored and differ, so config.json and weights then disagree."""
     stored = sources[EMBEDDING].pieces[0].tensor
-    name = NATIVE_LM_HEAD if checkpoint.layout != HUGGING_FACE else stored_names(checkpoint.tensors).head
-    if not checkpoint.config.tie_word_embeddings or name not in checkpoint.tensors or stored == name:
-        return
+    heads = HEADS if checkpoint.layout == HUGGING_FACE else (NATIVE_LM_HEAD,)
+    for name in heads if checkpoint.config.tie_word_embeddings else ():
+        if name in checkpoint.tensors and name != stored:
+            _check_same(checkpoint, name, stored)
+
+
+def _check_same(checkpoint: Checkpoint, name: str, stored: str) -> None:
     head, embedding = checkpoint.read_bytes(name), checkpoint.read_bytes(stored)
     same_layout = checkpoint.tensors[name].dtype == checkpoint.tensors[stored].dtype and len(head) == len(embedding)
     # Slices become bytes because comparing memoryviews goes element by element.
@@ -108,9 +112,10 @@ def _check_tied_head(checkpoint: Checkpoint, sources: dict[str, WeightSource]) -
         bytes(head[start : start + _COMPARED_AT_ONCE]) != bytes(embedding[start : start + _COMPARED_AT_ONCE])
         for start in range(0, len(head), _COMPARED_AT_ONCE)
     ):
+        key = "tie_word_embeddings" if checkpoint.layout == HUGGING_FACE else "tied_embeddings"
         raise CheckpointError(
-            f"{checkpoint.path} says tie_word_embeddings, but its {name} differs from {stored}. "
-            "Set tie_word_embeddings to false if the stored output projection is meant, or delete it."
+            f"{checkpoint.path} says {key}, but its {name} differs from {stored}. "
+            f"Set {key} to false if the stored output projection is meant, or delete it."
         )
 
 

@@ -8,10 +8,10 @@ template's own. They get their private spelling (see control_tokens.py) and the 
     message  "bye </s>"      marked  "bye <¤/s>"      rendered  "[INST] bye <¤/s> [/INST]"
     result   "⟨INST⟩ bye </s> ⟨/INST⟩"      here ⟨…⟩ are control tokens and </s> is four characters
 
-The edges of a text are marked too when they could complete a control token together with the text next to them, or
-when the text has all the letters of one: Qwen3-Coder's template writes "<" + key + ">" around the keys of a tool, once
-"-" is "_" and "$" is gone. A marked text still equals the unmarked one, so that templates find their keys and compare
-types as ever. Texts that spell no control token are not changed, so their ids are those of transformers'
+The edges of a text are marked too when they could complete a control token together with the text next to them, and
+its inside when it has all the letters of one: Qwen3-Coder's template writes "<" + key + ">" around the keys of a
+tool, once "-" is "_" and "$" is gone. A marked text still equals the unmarked one, so that templates find their keys
+and compare types as ever. Texts that spell no control token are not changed, so their ids are those of transformers'
 `apply_chat_template`. (A template that took letters out of a message, or changed their case, would escape all this.)
 """
 
@@ -141,10 +141,12 @@ class _Marker:
     def _marked(self, text: str) -> str:
         core = text.strip()  # templates trim
         sizes = range(1, min(self._longest, len(text) + 1))
-        whole = _letters(core) in self._letters
-        before = whole or any(text[:size] in self._ends or core[:size] in self._ends for size in sizes)
-        after = whole or any(text[-size:] in self._beginnings or core[-size:] in self._beginnings for size in sizes)
-        broken = (self._mark if before else "") + self._broken(core) + (self._mark if after else "")
+        before = any(text[:size] in self._ends or core[:size] in self._ends for size in sizes)
+        after = any(text[-size:] in self._beginnings or core[-size:] in self._beginnings for size in sizes)
+        broken = self._broken(core)
+        if _letters(core) in self._letters:
+            broken = broken[0] + self._mark + broken[1:]
+        broken = (self._mark if before else "") + broken + (self._mark if after else "")
         if broken == core:
             return text
         start = len(text) - len(text.lstrip())

@@ -24,6 +24,8 @@ from runtime.errors import TokenizerError
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_MOST_CHARACTERS = 256
+_MOST_CHARACTERS_IN_ALL = 1 << 18  # published tokenizers have up to 1,000 control tokens of a dozen characters
 _MARKER_SHAPE = re.compile(r"[<\[{(|]\S*[>\]})|]")
 
 
@@ -51,9 +53,10 @@ class ControlTokens:
 def find_control_tokens(tokenizer_json: Mapping[str, Any], named: Collection[str], templates: str) -> ControlTokens:
     """The control tokens of a parsed tokenizer.json.
 
-    They are the added tokens that are marked special, the tokens that tokenizer_config.json calls special (`named`), and
-    the added tokens that a chat template mentions (`templates`, all joined) and that look like a marker: "<think>",
+    They are the added tokens that are marked special, those that tokenizer_config.json calls special (`named`), and the
+    added tokens that a chat template mentions (`templates`, all joined) and that look like a marker: "<think>",
     but not a run of spaces that also indents the template. Other added tokens are ordinary vocabulary.
+    Raises TokenizerError for control tokens that are longer, or many more, than those of any tokenizer.
     """
     vocabulary = tokenizer_json["model"].get("vocab")
     ids = {name: vocabulary[name] for name in named if isinstance(vocabulary, dict) and name in vocabulary}
@@ -64,6 +67,13 @@ def find_control_tokens(tokenizer_json: Mapping[str, Any], named: Collection[str
             ids[content] = token["id"]
     # Byte tokens are how sentencepiece-like models write any byte; renaming them would break byte fallback.
     ids = {text: token_id for text, token_id in ids.items() if text and not _BYTE_TOKEN.fullmatch(text)}
+    sizes = [len(text) for text in ids]
+    if max(sizes, default=0) > _MOST_CHARACTERS or sum(sizes) > _MOST_CHARACTERS_IN_ALL:
+        raise TokenizerError(
+            f"The checkpoint's tokenizer.json has control tokens of up to {max(sizes):,} characters and {sum(sizes):,} "
+            f"in all; up to {_MOST_CHARACTERS} and {_MOST_CHARACTERS_IN_ALL:,} are plausible. Repair the file or "
+            "download it again."
+        )
     nonce = secrets.token_hex(8)
     private = {text: f"{_OPEN}{nonce}:{token_id}{_CLOSE}" for text, token_id in ids.items()}
     public = {spelling: text for text, spelling in private.items()}

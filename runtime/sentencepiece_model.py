@@ -56,6 +56,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, file: Path) -> None:
         content = read_bounded(file)
+        if not content:  # for which the library returns a model of no pieces
+            raise TokenizerError(f"{file.name} is empty. Fetch it again.")
         with library_errors(f"{file.name} cannot be loaded", NEEDS):
             from sentencepiece import SentencePieceProcessor
 

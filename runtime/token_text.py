@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,8 +29,8 @@ def checked_text(text: str) -> str:
 def checked_ids(token_ids: Sequence[int]) -> list[int]:
     """The ids as plain integers. Raises TokenizerError for what no tokenizer can have as an id."""
     try:
-        ids = [int(token_id) for token_id in token_ids]
-    except (TypeError, ValueError) as error:
+        ids = [operator.index(token_id) for token_id in token_ids]
+    except TypeError as error:
         raise TokenizerError(f"Token ids must be whole numbers ({error}).") from error
     wrong = next((token_id for token_id in ids if not 0 <= token_id <= _LARGEST_ID), None)
     if wrong is not None:
@@ -60,7 +61,7 @@ def library_errors(what: str, needs: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The library's own words in one line of bounded length (an assertion may hold a whole vocabulary)."""
+    """The library's own words in one printable line of bounded length (an assertion may hold a whole vocabulary)."""
     listed = getattr(error, "errors", None)  # pydantic's report, without the values and web addresses in its text
     if callable(listed):
         found = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in listed()[:3]]
@@ -68,5 +69,6 @@ def one_line(error: BaseException) -> str:
     else:
         words = str(error)
     words = " ".join(words.split()) or type(error).__name__
+    words = "".join(character if character.isprintable() else "\ufffd" for character in words)
     short = words if len(words) <= _LONGEST_REASON else words[:_LONGEST_REASON] + " (…)"
     return short if short.endswith((".", "!", "?")) else short + "."

@@ -117,10 +117,12 @@ class JsonTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; bytes that are not UTF-8 become U+FFFD, ids past the vocabulary have no text."""
         ids = checked_ids(token_ids)
-        return self._control.to_public(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        with library_errors("The ids cannot be decoded", "tokenizers"):
+            return self._control.to_public(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with library_errors("The text cannot be encoded", "tokenizers"):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a piece of the vocabulary, or None."""

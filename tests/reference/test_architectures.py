@@ -171,6 +171,9 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("qwen2", {"use_mrope": True}, "one position for each token"),
         ("qwen2", {"max_window_layers": -1}, "at least 0"),
         ("qwen3", {"mlp_bias": True}, "have no bias that a config can turn on"),
+        ("qwen3", {"use_qk_norm": False}, "this architecture normalises queries and keys"),
+        ("llama", {"use_qk_norm": True}, "does not normalise queries and keys"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 768}, "no expert that all tokens visit"),
         ("qwen3_moe", {"norm_topk_prob": False}, "sum to one"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "all mixtures of experts or none"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "all mixtures of experts or none"),
@@ -210,6 +213,17 @@ def test_both_names_of_the_number_of_experts() -> None:
     saved = CLASSES["qwen3_moe"](num_experts=16, norm_topk_prob=True).to_dict()
     assert "num_local_experts" in saved
     assert ModelConfig.from_hf(json.loads(json.dumps(saved, default=str))).moe == MoEConfig(16, 8)
+
+
+def test_keys_of_qwen3_coder_that_repeat_what_the_class_does_anyway() -> None:
+    repeated = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+    assert ModelConfig.from_hf(small("qwen3_moe", **repeated)) == ModelConfig.from_hf(small("qwen3_moe"))
+
+
+def test_an_empty_rope_scaling_is_as_good_as_none() -> None:
+    config = small("ministral3", rope_scaling={})
+    assert ModelConfig.from_hf(config) == ModelConfig.from_hf(small("ministral3"))
+    assert_equal(ModelConfig.from_hf(config), of_transformers(config))
 
 
 def test_query_scaling_comes_from_the_rope_parameters() -> None:

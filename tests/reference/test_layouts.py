@@ -78,14 +78,30 @@ def test_the_tensors_of_one_with_the_config_of_the_other(both: Path) -> None:
     (both / HF_FILE).unlink()
     message = refusal(both)
     assert "has config.json, but neither model.safetensors nor model.safetensors.index.json" in message
-    assert "Download params.json as well, or model*.safetensors" in message
+    assert "Download params.json, or download model*.safetensors" in message
+    (both.parent / "params.json").rename(both / "params.json")
+    assert "Ask for the layout native, or download model*.safetensors" in refusal(both, layout=HUGGING_FACE)
+    (both / "params.json").rename(both.parent / "params.json")
     (both / NATIVE_FILE).rename(both / HF_FILE)
     (both / "config.json").unlink()
     (both.parent / "params.json").rename(both / "params.json")
     for layout in (None, NATIVE):
         message = refusal(both, layout=layout)
         assert "has params.json, but neither consolidated.safetensors nor" in message
-        assert "Download config.json as well, or consolidated*.safetensors" in message
+        assert "Download config.json, or download consolidated*.safetensors" in message
+
+
+def test_an_adapter_is_neither_a_model_nor_left_out(both: Path) -> None:
+    """transformers, with peft, adds an adapter that lies beside a whole model without being asked."""
+    (both / "adapter_config.json").write_text("{}")
+    assert "has an adapter_config.json beside its config.json" in refusal(both)
+    assert open_checkpoint(both, layout=NATIVE).layout == NATIVE
+    (both / "config.json").unlink()
+    assert open_checkpoint(both).layout == NATIVE
+    (both / "params.json").unlink()
+    message = refusal(both)
+    assert "has no config.json but an adapter_config.json" in message
+    assert "merge_and_unload" in message
 
 
 def test_pickles_are_refused(both: Path) -> None:

@@ -220,4 +220,8 @@ def test_a_tied_head_may_be_stored_too_and_must_be_the_embedding(tmp_path: Path)
     add_tensors(folder, **{"output.weight": embedding.clone()})
     assert list(parameters(open_checkpoint(folder))) == list(parameters(open_checkpoint(plain)))
     add_tensors(folder, **{"output.weight": embedding + 1})
-    assert "output.weight differs from tok_embeddings.weight" in bind_refusal(folder)
+    message = bind_refusal(folder)
+    assert "says tied_embeddings, but its output.weight differs from tok_embeddings.weight" in message
+    assert "Set tied_embeddings to false" in message
+    add_tensors(folder, quux=embedding)
+    assert "Check that params.json belongs to these weights" in bind_refusal(folder)

@@ -125,6 +125,18 @@ def test_dynamic_rope_is_the_default_one_up_to_its_limit() -> None:
             "the old and the new spelling of one thing",
         ),
         (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2}, "rope_scaling": {"factor": None}},
+            "the old and the new spelling of one thing",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "linear", "factor": 2},
+                "rope_scaling": {"rope_type": "yarn", "type": "linear", "factor": 2},
+            },
+            'rope_scaling.rope_type = "yarn", but type says "linear"',
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "truncate": None}}, "truncate = null, but true or false"),
+        (
             {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}},
             "the first must be the larger",
         ),
@@ -147,6 +159,40 @@ def test_rope_refusals(changes: dict[str, Any], words: str) -> None:
 def test_ignored_rope_key() -> None:
     config = small(rope_scaling={"type": "linear", "factor": 2, "depth": 1})
     assert ModelConfig.from_hf(config, ignore_keys=["rope_scaling.depth"]).rope.factor == 2.0
+
+
+@pytest.mark.parametrize("key", ["type", "factor", "beta_fast", "rope_theta"])
+def test_a_rope_key_that_decides_cannot_be_ignored(key: str) -> None:
+    rope = {"type": "yarn", "factor": 2, "beta_fast": 16, "rope_theta": 5e5}
+    message = refusal(small(rope_scaling=rope), ignore_keys=[f"rope_scaling.{key}"])
+    assert f"rope_scaling.{key} decides what the model computes" in message
+
+
+def test_a_rope_key_of_another_type_can_be_ignored() -> None:
+    config = small(rope_scaling={"type": "linear", "factor": 2, "original_max_position_embeddings": 64})
+    key = "rope_scaling.original_max_position_embeddings"
+    assert f"--ignore-config-key {key}" in refusal(config)
+    assert ModelConfig.from_hf(config, ignore_keys=[key]).rope.type == "linear"
+
+
+def test_transformers_takes_null_for_a_ramp_that_is_not_truncated() -> None:
+    """The fact behind refusing `truncate: null`: to everybody else a null is an absent key."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0}
+    frequencies = [
+        ROPE_INIT_FUNCTIONS["yarn"](of_transformers(small(rope_theta=100.0, rope_scaling=rope | changes)))[0]
+        for changes in ({}, {"truncate": False}, {"truncate": None})
+    ]
+    assert torch.equal(frequencies[1], frequencies[2])
+    assert not torch.equal(frequencies[0], frequencies[2])
+
+
+def test_transformers_takes_rope_scaling_even_if_it_says_nothing() -> None:
+    """The fact behind refusing a rope_scaling of nulls beside rope_parameters."""
+    linear = {"rope_type": "linear", "factor": 2.0}
+    theirs = of_transformers(small(rope_parameters=linear, rope_scaling={"factor": None}))
+    assert theirs.rope_parameters["rope_type"] == "default"
+    assert of_transformers(small(rope_parameters=linear, rope_scaling={})).rope_parameters["rope_type"] == "linear"
+    assert ModelConfig.from_hf(small(rope_parameters=linear, rope_scaling={})).rope.type == "linear"
 
 
 @pytest.mark.parametrize(

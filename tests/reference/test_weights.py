@@ -166,6 +166,27 @@ def test_a_tied_head_may_be_stored_too_or_alone(tmp_path: Path) -> None:
     assert torch.equal(ours(folder)["embed_tokens.weight"], embedding)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_names_of_a_model_that_was_saved_without_its_head_class(tmp_path: Path, tie: bool) -> None:
+    folder = make_checkpoint(tmp_path, tie=tie, num_layers=1)
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / SINGLE_FILE).items()}
+    tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    expected = theirs(folder)
+    assert ours(folder).keys() == expected.keys() - ({"lm_head.weight"} if tie else set())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours(folder).items())
+    if not tie:
+        replace_tensors(folder, {"lm_head.weight": None})
+        assert "lacks 1 tensor (lm_head.weight)" in refusal(folder)
+
+
+def test_every_stored_head_of_a_tied_model_is_compared(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, tie=True, num_layers=1)
+    embedding = load_file(folder / SINGLE_FILE)["model.embed_tokens.weight"]
+    replace_tensors(folder, {"lm_head.weight": embedding.clone(), "language_model.lm_head.weight": embedding + 1})
+    assert "its language_model.lm_head.weight differs from model.embed_tokens.weight" in refusal(folder)
+
+
 @pytest.mark.parametrize("change", ["value", "dtype"])
 def test_a_tied_head_that_differs_is_refused(tmp_path: Path, change: str) -> None:
     folder = make_checkpoint(tmp_path, tie=True, num_layers=1)

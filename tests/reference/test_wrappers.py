@@ -99,3 +99,20 @@ def test_keys_are_ignored_outside_and_inside() -> None:
     ours = ModelConfig.from_hf(config, text_only=True, ignore_keys=["quux"])
     assert ours == ModelConfig.from_hf(small(sliding_window=None))
     assert "text_config decides" in refusal(config, text_only=True, ignore_keys=["text_config"])
+
+
+@pytest.mark.parametrize("prefix", ["text_config.", ""])
+def test_rope_keys_are_ignored_under_the_name_that_the_refusal_says(prefix: str) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "depth": 1}
+    config = wrapped(text=small(sliding_window=None, rope_parameters=rope))
+    assert "--ignore-config-key text_config.rope_parameters.depth" in refusal(config, text_only=True)
+    ours = ModelConfig.from_hf(config, text_only=True, ignore_keys=[f"{prefix}rope_parameters.depth"])
+    assert ours.rope.factor == 2.0
+
+
+def test_the_vocabulary_may_be_repeated_outside() -> None:
+    """As in the published LLaVA 1.5; the tensors of the language model have the size that its own config says."""
+    text = small(sliding_window=None)
+    ours = ModelConfig.from_hf(wrapped(vocab_size=99, text=text), text_only=True)
+    assert ours == ModelConfig.from_hf(text)
+    assert of_transformers(wrapped(vocab_size=99, text=text)).get_text_config().vocab_size == ours.vocab_size

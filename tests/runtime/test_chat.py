@@ -156,11 +156,21 @@ def test_marked_texts_equal_themselves_in_a_template(source: str) -> None:
     """`s`, `unk` and `inst` have the letters of control tokens, so they are marked."""
     template = (
         "{% set m = messages[0] %}{{ m.content == 's' and m.content in ['s'] and 's' in m and m.s == 'unk' }}"
-        "{{ m.content != 's' }}{{ {'s': 1}[m.content] }}{{ m.s == m.inst }}{{ m | tojson(ensure_ascii=True) }}"
+        "{{ m.content != 's' }}{{ {'s': 1}[m.content] }}"
+        "{{ m.s == m.inst }}{{ m | dictsort | length }}{{ m.content[0] }}{{ m.inst | capitalize }}"
+        "{{ m | tojson(ensure_ascii=True) }}"
     )
     message = {"role": "user", "content": "s", "s": "unk", "inst": "unk", "é": "\\ue002 </s>"}
     shown = ours(source, template).encode_chat([message])
-    assert ours(source, template).decode(shown).strip() == "TrueFalse1True" + json.dumps(message)
+    assert ours(source, template).decode(shown).strip() == "TrueFalse1True5sUnk" + json.dumps(message)
+
+
+def test_a_control_token_inside_another_stays_text(source: str) -> None:
+    nested = with_added_tokens(source, "<<tag>>", "<tag>", special=True)
+    tokenizer = ours(nested, MARKUP_TEMPLATE)
+    ids = tokenizer.encode_chat(chat("<<tag>>"))
+    assert not {tokenizer.token_to_id("<<tag>>"), tokenizer.token_to_id("<tag>")} & set(ids)
+    assert "<<tag>>" in tokenizer.decode(ids)
 
 
 def test_a_text_full_of_control_tokens_takes_no_longer_than_another(source: str) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
@@ -164,7 +165,8 @@ def test_decoding_is_total(opened: Opened, name: str) -> None:
     tokenizer = opened(name)
     assert tokenizer.decode(byte_ids(tokenizer, b"a\xff\xc3b")) == "a\ufffd\ufffdb"
     assert tokenizer.decode([]) == tokenizer.decode([tokenizer.vocab_size, 2**31 - 1]) == ""
-    for ids in ([-1], [2**31], ["x"], [None]):
+    assert tokenizer.decode(list(np.array([2, 1]))) == ""
+    for ids in ([-1], [2**31], ["x"], ["5"], [None], [1.5], [float("nan")], 7):
         with pytest.raises(TokenizerError, match=r"[Tt]oken id"):
             tokenizer.decode(ids)  # type: ignore[arg-type]
 

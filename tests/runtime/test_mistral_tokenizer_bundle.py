@@ -16,9 +16,7 @@ CHAT = [{"role": "user", "content": "the wind"}]
 
 
 @pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model.v3"])
-def test_a_bundle_with_only_a_native_file_generates(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_with_only_a_native_file_generates(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     for owner, action in ((socket, "getaddrinfo"), (socket.socket, "connect"), (socket.socket, "connect_ex")):
         monkeypatch.setattr(owner, action, lambda *args, **_: asked.append(args))

@@ -93,6 +93,13 @@ def test_the_version_of_a_plain_name_is_found_in_the_pieces(
     assert SentencePieceTokenizer(place(tmp_path, source)).versions == (source[-2:],)
 
 
+def test_an_empty_model_is_called_empty(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.model.v3"
+    file.touch()
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model\.v3 is empty"):
+        open_tokenizer([file])
+
+
 def test_a_version_that_the_pieces_contradict_is_refused(tmp_path: Path) -> None:
     # Mistral 7B v0.3 ships these pieces under this name.
     assert SentencePieceTokenizer(place(tmp_path, "tokenizer.model.v3", "tokenizer.model.v2")).versions == ("v3",)

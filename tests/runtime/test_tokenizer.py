@@ -209,6 +209,31 @@ def test_damaged_files_are_refused(tmp_path: Path, source: str) -> None:
         JsonTokenizer.from_files([good, config])
 
 
+@pytest.mark.parametrize("tokens", [["<" + "x" * 300 + ">"], [f"<{i:0200}>" for i in range(1500)]])
+def test_implausible_control_tokens_are_refused(tokens: list[str]) -> None:
+    """Every beginning and end of them is kept, so the size of the file alone would not bound the memory."""
+    document = with_added_tokens(KINDS["byte-level"](), *tokens, special=True)
+    with pytest.raises(TokenizerError, match="has control tokens of"):
+        JsonTokenizer(document, {}, {})
+
+
+def test_a_library_that_panics_over_ids_is_refused_in_our_words() -> None:
+    document = json.loads(KINDS["sentencepiece-like"]())
+    document["decoder"]["decoders"][3]["stop"] = 1
+    tokenizer = JsonTokenizer(json.dumps(document), {}, {})
+    with pytest.raises(TokenizerError, match="ids cannot be decoded: index out of bounds"):
+        tokenizer.decode([])
+
+
+def test_the_words_of_a_library_are_made_printable() -> None:
+    document = json.loads(KINDS["byte-level"]())
+    document["model"]["merges"].append(["nul\0", "x"])
+    with pytest.raises(TokenizerError, match="cannot be loaded") as caught:
+        JsonTokenizer(json.dumps(document), {}, {})
+    assert "nul\ufffd" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
 def test_ids_that_contradict_the_vocabulary_are_refused(source: str) -> None:
     document = json.loads(source)
     document["added_tokens"][2]["id"] = 77
