@@ -8,13 +8,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, TRACING, WEIGHT_KINDS
-from exporter.describe import version
+from exporter.describe import small_files, version
 from exporter.frontends import REFERENCE, Frontend, open_frontend, trace
 from exporter.partial import remove_leftovers
 from exporter.placement import foresee
 from exporter.plan import ExportPlan, make_plan
-from exporter.save import bundle_folder, refuse_existing, refuse_full_disk
+from exporter.save import absolute, bundle_folder, refuse_existing, refuse_full_disk, refuse_names
 from exporter.stitch import stitch
+from exporter.text_ends import with_text_ends
+from exporter.unchanged import states_of
 from exporter.write import Job, plan_weights, write_bundle
 from graph_passes import pipeline
 from graph_passes.fuse.sliding_window import LONGEST_WINDOW
@@ -71,14 +73,19 @@ def export(
     Raises ConfigError, CheckpointError and TokenizerError for what the checkpoint is, ExportError and its children for
     everything later. `out` exists afterwards, whole, or not at all.
     """
-    target = Path(out).expanduser().absolute()
+    target = absolute(out)
     if weights not in WEIGHT_KINDS:
         raise ExportError(f"weights = {weights!r} is not one that this version writes ({', '.join(WEIGHT_KINDS)}).")
+    refuse_names([target])
     refuse_existing(target)
-    dump_folder = None if dump_passes is None else _made_dump_folder(Path(dump_passes), target)
+    dump_folder = None if dump_passes is None else _made_dump_folder(dump_passes, target)
     opened = open_checkpoint(checkpoint, ignore_config_keys=ignore_config_keys, layout=layout, text_only=text_only)
+    files = {entry.file for entry in opened.tensors.values()}
+    seen = states_of([*sorted(files), *small_files(opened, opened.tokenizer_files)])
+    refuse_names([opened.path, *seen])
     chosen = open_frontend(frontend, attention, opened, ignore_config_keys)
     tokenizer = needed_files(opened.tokenizer_files) if has_tokenizer(opened.tokenizer_files) else ()
+    opened = with_text_ends(opened, tokenizer)
     placed = plan_weights(opened, bind(opened), weights, copy)
     plan = make_plan(opened.config, chunk=chunk, max_batch=max_batch, context=context)
     remove_leftovers(target)
@@ -102,13 +109,15 @@ def export(
     }
     fusion = {"nodes": expected_nodes(plan), **report.to_json()}
     with bundle_folder(target) as folder:
-        write_bundle(folder, Job(opened, plan, placed, tokenizer, chosen, options, hashes), model, fusion, progress)
+        write_bundle(
+            folder, Job(opened, plan, placed, tokenizer, chosen, options, hashes, seen), model, fusion, progress
+        )
     return target
 
 
-def _made_dump_folder(dump_passes: Path, target: Path) -> Path:
+def _made_dump_folder(dump_passes: str | Path, target: Path) -> Path:
     """The folder for the graphs between passes; raises ExportError when it cannot be made, or lies in the bundle."""
-    folder = dump_passes.expanduser().absolute()
+    folder = absolute(dump_passes)
     if target in (folder, *folder.parents):
         raise ExportError(f"The passes cannot be dumped into the bundle {target} itself. Choose another folder.")
     try:

@@ -98,6 +98,12 @@ def weights_section(
     }
 
 
+def small_files(checkpoint: Checkpoint, tokenizer: Sequence[Path]) -> list[Path]:
+    """The checkpoint's files that are read and hold no tensors: config, index if there is one, tokenizer."""
+    index = checkpoint.path / layout_of(checkpoint.path, checkpoint.layout).index
+    return [checkpoint.config_file, *([index] if index.is_file() else []), *tokenizer]
+
+
 def provenance_section(
     checkpoint: Checkpoint,
     tokenizer: Sequence[Path],
@@ -106,9 +112,7 @@ def provenance_section(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The checkpoint with every file that the bundle was made from, the versions of everything, and the options."""
-    index = checkpoint.path / layout_of(checkpoint.path, checkpoint.layout).index
-    small = [checkpoint.config_file, *([index] if index.is_file() else []), *tokenizer]
-    entries = {file.name: small_entry(file) for file in small}
+    entries = {file.name: small_entry(file) for file in small_files(checkpoint, tokenizer)}
     entries |= {file.name: entry for file, entry in tensor_files.items()}
     return {
         "checkpoint": str(checkpoint.path),

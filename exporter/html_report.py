@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from exporter.layer_report import LayerReport, ModuleParity, percent
+from exporter.save import absolute
 from exporter.svg_plot import Mark, error_plot
 from exporter.validation_report import ValidationReport, status_of
 from runtime.errors import ExportError
@@ -38,7 +39,7 @@ _MOST_MARKS = 1500
 
 def write_html(path: Path, report: ValidationReport, layers: LayerReport | None) -> None:
     """Write the report to `path`, whole or not at all. Raises ExportError when the file cannot be written."""
-    target = path.expanduser().absolute()
+    target = absolute(path)
     partial: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)

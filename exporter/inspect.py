@@ -8,6 +8,7 @@ Letters: L layers, G KV heads, D head dim, W window, S slots of a ring, E expert
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,8 +59,8 @@ def inspect_path(
     from reference.checkpoint import describe
     from runtime.bundle import MANIFEST_NAME
 
-    path = Path(path).expanduser().absolute()
-    if not path.exists() and not path.is_symlink():  # where a link leads is found out when it is opened
+    path = Path(os.path.expanduser(path)).absolute()
+    if not os.path.lexists(path):  # where a link leads is found out when it is opened
         raise CheckpointError(
             f"{path} does not exist. Give a checkpoint folder, a config.json, a params.json or a bundle."
         )

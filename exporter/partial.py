@@ -25,7 +25,10 @@ def partial_folder(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, locked for the length of the block; whoever opens the block moves or removes it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # see below
         try:
             with contextlib.suppress(OSError):  # a file system without locks: there no leftover is ever removed
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -35,6 +38,11 @@ def partial_folder(out: Path) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         # Another export took it for a leftover between its making and its locking: try again.
+
+
+def hidden_like(out: Path) -> Path:
+    """A path like that of the hidden folder, as long as it and never its own."""
+    return out.parent / f"{_prefix(out)}{'X' * 8}"
 
 
 def remove_leftovers(out: Path) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 from runtime.errors import ExportError
 from runtime.manifest import COPIED, FOLDER, LINKED
 
-_REFUSALS = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP})
+_REFUSALS = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+)
 """Answers to link(2) that mean that this file cannot be linked there, and not that something else is wrong."""
 
 
@@ -49,12 +51,7 @@ def place(files: Collection[Path], folder: Path, taken: Collection[str]) -> Plac
     Raises ExportError when they can neither be linked nor be named, and OSError when linking fails for another reason.
     """
     names = _link_names(files)
-    clash = sorted(set(names.values()) & set(taken))
-    if clash:
-        raise ExportError(
-            f"The checkpoint's {clash[0]} cannot be linked into the bundle, which has a file of that name itself. "
-            "Pass --copy (copy=True) to copy the weights into the bundle."
-        )
+    _refuse_clash(names, taken)
     made: list[Path] = []
     try:
         for file, name in names.items():
@@ -65,8 +62,19 @@ def place(files: Collection[Path], folder: Path, taken: Collection[str]) -> Plac
             link.unlink()
         if error.errno not in _REFUSALS:
             raise
-        return _one_folder(files, error.strerror or str(error))
+        named = _one_folder(files, error.strerror or str(error))
+        _refuse_clash(named.names, taken)
+        return named
     return Placement(LINKED, names)
+
+
+def _refuse_clash(names: Mapping[Path, str], taken: Collection[str]) -> None:
+    clash = sorted(set(names.values()) & set(taken))
+    if clash:
+        raise ExportError(
+            f"The checkpoint's {clash[0]} cannot be referenced, as the bundle has a file of that name itself. Pass "
+            "--copy (copy=True) to copy the weights into the bundle."
+        )
 
 
 def _link_names(files: Collection[Path]) -> dict[Path, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def reopen(manifest: Manifest, path: str | Path) -> Checkpoint:
     """
     options = recorded_options(manifest)
     ignored = options.get("ignore_config_keys")
-    same = str(Path(path).expanduser().absolute()) == manifest.provenance.get("checkpoint")
+    same = os.path.abspath(os.path.expanduser(path)) == manifest.provenance.get("checkpoint")
     layout = manifest.provenance.get("layout") if same else options.get("layout")
     return open_checkpoint(
         path,

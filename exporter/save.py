@@ -9,22 +9,54 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from exporter.partial import partial_folder
+from exporter.partial import hidden_like, partial_folder
 from runtime.errors import ExportError
+from runtime.json_files import brief
 
 MANIFEST_FILE = "manifest.json"
 
 
+def absolute(path: str | Path) -> Path:
+    """The absolute path with the user's home for `~`. Raises ExportError where no user has that name."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ExportError(
+            f"{brief(str(path))} names the home of a user who is not there. Spell the path out."
+        ) from error
+
+
 def refuse_existing(out: Path) -> None:
-    """Raises ExportError when something is at `out`, or when the folder that should hold it is not there."""
-    if out.exists() or out.is_symlink():
+    """Raises ExportError when something is at `out`, or nothing can be made there: before minutes of work."""
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            hidden_like(out).lstat()  # its name is the longer one
+        exists, has_parent = out.exists() or out.is_symlink(), out.parent.is_dir()
+    except OSError as error:
+        raise ExportError(f"{brief(str(out))} cannot be made: {error.strerror}. Choose another folder.") from error
+    if exists:
         raise ExportError(f"{out} exists already. Choose another folder, or remove it first; nothing was written.")
-    if not out.parent.is_dir():
+    if not has_parent:
         raise ExportError(f"{out.parent} is not a folder, so {out.name} cannot be made in it. Make it first.")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ExportError(f"{out.parent} cannot be written to, so {out.name} cannot be made in it. Choose another one.")
+
+
+def refuse_names(paths: Iterable[Path]) -> None:
+    """Raises ExportError for a path that is no text: neither the graph nor the manifest, both UTF-8, could name it."""
+    for path in paths:
+        try:
+            for spelled in (path, path.resolve()):
+                str(spelled).encode()
+        except ValueError as error:  # of resolve() for a zero byte, and of encode()
+            raise ExportError(
+                f"The path {str(path)!a} is not UTF-8 text, so that nothing in a bundle can name it. "
+                "Rename what it leads through."
+            ) from error
 
 
 def refuse_full_disk(out: Path, nbytes: int) -> None:

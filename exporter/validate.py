@@ -8,6 +8,7 @@ engine gets the same tokens as prompts of boundary lengths, in uneven pieces, an
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint
     """The checkpoint to compare with; refuses one of another shape."""
     recorded = session.manifest.provenance.get("checkpoint")
     path = checkpoint if checkpoint is not None else recorded
-    if path is None or (checkpoint is None and not Path(str(path)).is_dir()):
+    if path is None or (checkpoint is None and not os.path.isdir(str(path))):
         raise CheckpointError(
             f"The bundle was made from {recorded}, which is not there. Name the checkpoint "
             "as the second argument, after the bundle."

@@ -25,6 +25,7 @@ from exporter.placement import IN_THE_BUNDLE, Placement, place
 from exporter.plan import ExportPlan
 from exporter.recipes import TYPES, Recipe, bind_weights, referenced
 from exporter.save import MANIFEST_FILE, write_manifest
+from exporter.unchanged import State, require_unchanged
 from exporter.weights import WEIGHTS_FILE, WeightsFile, plan_file, write_weights
 from reference.checkpoint import Checkpoint, some
 from reference.weight_source import WeightSource
@@ -78,7 +79,7 @@ def plan_weights(checkpoint: Checkpoint, sources: Mapping[str, WeightSource], we
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What an export has found out and decided before it writes."""
+    """What an export has found out and decided before it writes. seen: the files that it reads, as they were."""
 
     checkpoint: Checkpoint
     plan: ExportPlan
@@ -87,6 +88,7 @@ class Job:
     frontend: Frontend
     options: Mapping[str, Any]
     hashes: bool
+    seen: Mapping[Path, State]
 
 
 def write_bundle(folder: Path, job: Job, model: ir.Model, fusion: Mapping[str, Any], progress: Progress | None) -> None:
@@ -107,21 +109,20 @@ def write_bundle(folder: Path, job: Job, model: ir.Model, fusion: Mapping[str, A
         written[WEIGHTS_FILE] = large_entry(folder / WEIGHTS_FILE, sha256)
     hashed = large_entries(weights.files, hashes=job.hashes, progress=progress)
     files = written or {placement.names[file]: entry for file, entry in hashed.items()}
-    write_manifest(
-        folder,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "cierzo_version": version("cierzo"),
-            "model": model_section(job.plan, weights.sources),
-            "graph": graph_section(MODEL_FILE),
-            "kv": kv_section(job.plan),
-            "weights": weights_section(weights.kind, placement, recipes, files),
-            "tokenizer": tokenizer,
-            "files": {name: own_entry(folder / name) for name in (MODEL_FILE, *tokenizer)},
-            "provenance": provenance_section(checkpoint, job.tokenizer, hashed, job.frontend, job.options),
-            "fusion": dict(fusion),
-        },
-    )
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "cierzo_version": version("cierzo"),
+        "model": model_section(job.plan, weights.sources),
+        "graph": graph_section(MODEL_FILE),
+        "kv": kv_section(job.plan),
+        "weights": weights_section(weights.kind, placement, recipes, files),
+        "tokenizer": tokenizer,
+        "files": {name: own_entry(folder / name) for name in (MODEL_FILE, *tokenizer)},
+        "provenance": provenance_section(checkpoint, job.tokenizer, hashed, job.frontend, job.options),
+        "fusion": dict(fusion),
+    }
+    require_unchanged(job.seen)
+    write_manifest(folder, manifest)
 
 
 def _placed(folder: Path, job: Job, tokenizer: Collection[str]) -> tuple[Placement, list[Recipe]]:

@@ -77,6 +77,7 @@ def read_bundle(
         _check_size(bundle, bundle.path, name, expected)
     for name, expected in manifest.weights.files.items():
         _check_size(bundle, bundle.weights_folder, name, expected)
+        _check_place(bundle.weights_folder, name)
     if not verify:
         return bundle
     return Bundle(bundle.path, manifest, bundle.weights_folder, _verify(bundle, progress))
@@ -86,10 +87,11 @@ def _weights_folder(folder: Path, manifest: Manifest, asked: str | os.PathLike[s
     """Where the weights lie; raises BundleError when that folder is not there."""
     if asked is None and manifest.weights.folder is None:
         return folder
-    place = Path(asked if asked is not None else str(manifest.weights.folder)).expanduser()
+    place = Path(asked if asked is not None else str(manifest.weights.folder))
     try:
+        place = place.expanduser() if asked is not None else place
         found = place.is_dir() and (asked is not None or place.is_absolute())
-    except (OSError, ValueError):  # no name of a folder at all
+    except (OSError, ValueError, RuntimeError):  # no name of a folder at all, or the home of nobody
         found = False
     if not found:
         raise BundleError(
@@ -114,10 +116,9 @@ def _check_size(bundle: Bundle, folder: Path, name: str, expected: FileInfo) -> 
             f"The bundle {bundle.path} lacks the file {brief(name)[1:-1]} that its manifest "
             f"lists{_place(bundle, folder)}. {_way_out(bundle, folder)}"
         )
-    if folder != bundle.path and file.resolve().parent != folder.resolve():
+    if not os.access(file, os.R_OK):  # a link has the rights of the checkpoint's file, whatever the bundle's are
         raise BundleError(
-            f"{file} is a link to {file.resolve()}, and ONNX Runtime reads weights from the folder that it is given "
-            f"only. Name the folder of the real files ({file.resolve().parent}) with --weights-folder."
+            f"{file} cannot be read: this user has no right to. Ask its owner for it, or copy the bundle."
         )
     size = file.stat().st_size
     if size != expected.bytes:
@@ -125,6 +126,22 @@ def _check_size(bundle: Bundle, folder: Path, name: str, expected: FileInfo) -> 
             f"The file {name} of the bundle {bundle.path} has {size} bytes{_place(bundle, folder)}, but its manifest "
             f"says {expected.bytes}: it was truncated or changed. {_way_out(bundle, folder)}"
         )
+
+
+def _check_place(folder: Path, name: str) -> None:
+    """An engine takes weights out of the one folder that it is given, be it the bundle's or another."""
+    file = folder / name
+    real = file.resolve()
+    if real.parent == folder.resolve():
+        return
+    way_out = (
+        f"Name the folder of the real files ({real.parent}) with --weights-folder."
+        if real.name == file.name
+        else f"Put the file itself, or a hard link to it, there as {file.name}."
+    )
+    raise BundleError(
+        f"{file} is a link to {real}, and ONNX Runtime reads weights from the folder that it is given only. {way_out}"
+    )
 
 
 def _place(bundle: Bundle, folder: Path) -> str:

@@ -286,6 +286,11 @@ def _check_consistency(manifest: Manifest) -> None:
             f"The manifest's `weights.folder` is {brief(manifest.weights.folder)}, which does not go with the "
             f"placement {manifest.weights.placement!r}. Export the checkpoint again."
         )
+    for name in manifest.files.keys() & manifest.weights.files.keys():
+        raise BundleError(
+            f"The manifest lists {brief(name)} under `files` and under `weights.files`, so it does not say "
+            "which of two folders has it. Export the checkpoint again."
+        )
     for name in (manifest.graph.file, *manifest.tokenizer):
         if name not in manifest.files:
             raise BundleError(

@@ -27,7 +27,7 @@ from exporter.bundle_graph import load_graph
 from exporter.layer_parity import compare_graph
 from exporter.layer_report import LayerReport
 from exporter.parity_tools import require_polygraphy
-from exporter.save import refuse_existing
+from exporter.save import absolute, refuse_existing
 from exporter.taps import module_path
 from exporter.validate import boundary_lengths, open_matching
 from graph_passes.graph import source_line
@@ -58,7 +58,7 @@ def bisect(
     Polygraphy.
     """
     require_polygraphy()
-    target = Path(out).expanduser().absolute()
+    target = absolute(out)
     refuse_existing(target)
     search = _Search(Path(bundle), checkpoint, target, seed, weights_folder, progress)
     return search.run()

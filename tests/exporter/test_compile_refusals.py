@@ -4,6 +4,7 @@ of itself in the folder that the bundle was to stand in."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,13 @@ def test_a_target_that_exists(source: Path, target: Path, kind: str) -> None:
 def test_a_parent_folder_that_is_not_there(source: Path, target: Path) -> None:
     text = refusal(source, target.parent / "deep" / "bundle", ExportError)
     assert f"{target.parent / 'deep'} is not a folder" in text
+
+
+def test_a_checkpoint_that_no_bundle_can_name(source: Path, target: Path) -> None:
+    odd = source.rename(source.with_name(os.fsdecode(b"odd\xff")))
+    assert "is not UTF-8 text" in refusal(odd, target, ExportError)
+    (source.parent / "link").symlink_to(odd)
+    assert "is not UTF-8 text" in refusal(source.parent / "link", target, ExportError)
 
 
 def test_a_full_disk(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

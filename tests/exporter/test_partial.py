@@ -6,7 +6,9 @@ import fcntl
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,23 @@ def test_a_folder_that_is_taken_for_a_leftover_while_it_is_made(
     with partial_folder(tmp_path / "bundle") as folder:
         assert folder.is_dir()
         assert folder not in removed
+
+
+def test_a_folder_that_is_removed_before_it_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tempfile.mkdtemp
+    removed: list[str] = []
+
+    def mkdtemp(**options: Any) -> str:
+        folder: str = real(**options)
+        if not removed:
+            removed.append(folder)
+            Path(folder).rmdir()
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    with partial_folder(tmp_path / "bundle") as folder:
+        assert folder.is_dir()
+        assert str(folder) not in removed
 
 
 def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

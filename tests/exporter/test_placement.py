@@ -66,7 +66,7 @@ def test_two_files_of_one_name_get_the_names_of_their_blobs(hub: list[Path], bun
     assert placement.names == {hub[0]: f"{1:064x}", twin: f"{2:064x}"}
 
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES])
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS])
 @pytest.mark.parametrize("after", [0, 1])
 def test_where_links_are_refused_the_folder_of_the_real_files_is_named(
     hub: list[Path], bundle: Path, monkeypatch: pytest.MonkeyPatch, code: int, after: int
@@ -97,8 +97,18 @@ def test_files_in_several_folders_that_cannot_be_linked_are_refused(
 
 
 def test_a_name_that_the_bundle_needs_itself_is_refused(hub: list[Path], bundle: Path) -> None:
-    with pytest.raises(ExportError, match=r"model-2\.safetensors cannot be linked .* Pass --copy"):
+    with pytest.raises(ExportError, match=r"model-2\.safetensors cannot be referenced, .* Pass --copy"):
         place(hub, bundle, taken=["model-2.safetensors"])
+    assert names(bundle) == []
+
+
+def test_a_real_name_that_the_bundle_needs_itself_is_refused(
+    hub: list[Path], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blob's name, which a bundle without links would refer to, is that of another file there."""
+    refuse_links(monkeypatch, errno.EXDEV)
+    with pytest.raises(ExportError, match=rf"{1:064x} cannot be referenced, .* Pass --copy"):
+        place(hub, bundle, taken=[f"{1:064x}"])
     assert names(bundle) == []
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from exporter.save import bundle_folder, refuse_existing, refuse_full_disk, write_manifest
+from exporter.save import absolute, bundle_folder, refuse_existing, refuse_full_disk, refuse_names, write_manifest
 from runtime.errors import ExportError
 
 
@@ -76,6 +77,41 @@ def test_the_parent_must_be_a_folder(tmp_path: Path, kind: str) -> None:
         parent.write_text("")
     with pytest.raises(ExportError, match="parent is not a folder, so bundle cannot be made in it"):
         refuse_existing(parent / "bundle")
+
+
+@pytest.mark.parametrize("length", [241, 300])
+def test_a_name_that_is_too_long_with_what_hides_it(tmp_path: Path, length: int) -> None:
+    refuse_existing(tmp_path / ("n" * (255 - len("..partial-xxxxxxxx"))))
+    with pytest.raises(ExportError, match=r"cannot be made: File name too long\. Choose"):
+        refuse_existing(tmp_path / ("n" * length))
+    assert names(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root has every right
+    with pytest.raises(ExportError, match="cannot be written to, so bundle cannot be made in it"):
+        refuse_existing(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("name", [b"a\xff", b"a\0b"])
+def test_a_path_that_no_bundle_can_name(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    with pytest.raises(ExportError, match=r"is not UTF-8 text, so that nothing in a bundle can name it") as caught:
+        refuse_names([tmp_path, path])
+    str(caught.value).encode()
+    refuse_names([tmp_path / "ünïcödé-日本 \n"])
+
+
+def test_a_link_to_a_path_that_no_bundle_can_name(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(os.fsdecode(b"a\xff"))
+    with pytest.raises(ExportError, match="is not UTF-8 text"):
+        refuse_names([tmp_path / "link"])
+
+
+def test_the_home_of_nobody() -> None:
+    assert absolute("a") == Path("a").absolute()
+    with pytest.raises(ExportError, match="'~nobody-of-that-name/b' names the home of a user who is not there"):
+        absolute("~nobody-of-that-name/b")
 
 
 def test_a_full_disk_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,18 @@ def test_a_checkpoint_that_is_gone_is_named(bundle: Path, tmp_path: Path) -> Non
         validate(moved)
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-that-name", "x" * 5000, "a\0b"])
+def test_what_cannot_be_the_path_of_a_checkpoint(bundle: Path, tmp_path: Path, path: str) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be opened: |does not exist"):
+        validate(bundle, path)
+    broken = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = json.loads((broken / "manifest.json").read_text())
+    manifest["provenance"]["checkpoint"] = path
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="which is not there"):
+        validate(broken)
+
+
 def test_a_full_attention_model_is_checked_up_to_its_context(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "checkpoint", window=None, num_layers=1)
     report = validate(export(folder, tmp_path / "bundle", chunk=6, context=20, max_batch=2))

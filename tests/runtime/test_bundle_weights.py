@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ def test_a_folder_that_moved_can_be_named(elsewhere: Path, monkeypatch: pytest.M
     assert load(elsewhere, weights_folder=moved, verify=True, threads=1).forward([1]).shape == (1, 1, 37)
     monkeypatch.chdir(elsewhere.parent)
     assert read_bundle("bundle", weights_folder="moved").weights_folder == moved
-    with pytest.raises(BundleError, match="'nowhere', which is not there"):
-        read_bundle(elsewhere, weights_folder="nowhere")
+    for wrong in ("nowhere", "~nobody-of-that-name/weights"):
+        with pytest.raises(BundleError, match=f"'{wrong}', which is not there"):
+            read_bundle(elsewhere, weights_folder=wrong)
 
 
-@pytest.mark.parametrize("folder", ["weights", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("folder", ["weights", "a\0b", "x" * 5000, "~", "~nobody-of-that-name"])
 def test_a_folder_that_cannot_be_one(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.chdir(elsewhere.parent)  # where a relative name would be found
     change(elsewhere, folder=folder)
@@ -83,6 +85,36 @@ def test_a_folder_of_symbolic_links_is_refused_with_the_folder_of_the_files(else
         BundleError, match=r"links/weights\.bin is a link to .* real files \(.*/weights\) with --weights"
     ):
         read_bundle(elsewhere, weights_folder=links)
+
+
+def test_a_bundle_whose_weights_a_cache_made_a_link_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    """ONNX Runtime would refuse it as well, with a text that speaks of an escape."""
+    folder = write_toy_bundle(tmp_path / "bundle")
+    (folder / "weights.bin").rename(tmp_path / "0123abc")
+    (folder / "weights.bin").symlink_to(tmp_path / "0123abc")
+    with pytest.raises(BundleError, match=r"is a link to .*/0123abc, .* a hard link to it, there as weights\.bin\."):
+        read_bundle(folder)
+    (folder / "weights.bin").unlink()
+    (tmp_path / "0123abc").rename(folder / "weights.bin")
+    (tmp_path / "link").symlink_to(folder)
+    read_bundle(tmp_path / "link")
+
+
+def test_a_link_to_a_file_that_only_its_owner_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_toy_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "weights.bin")  # root has every right
+    with pytest.raises(BundleError, match=r"weights\.bin cannot be read: this user has no right to"):
+        read_bundle(folder)
+
+
+def test_a_file_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+    """It would be taken from the folder of the weights, whichever was meant."""
+    folder = write_toy_bundle(tmp_path / "bundle")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["weights"]["files"]["model.onnx"] = manifest["files"]["model.onnx"]
+    write_manifest(folder, manifest)
+    with pytest.raises(BundleError, match=r"lists 'model\.onnx' under `files` and under `weights\.files`"):
+        read_bundle(folder)
 
 
 def test_verify_compares_every_kind_of_hash(tmp_path: Path) -> None:
