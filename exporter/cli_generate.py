@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from exporter.cli_options import EXISTING, backend_option, json_option, verify_option, weights_folder_option
-from exporter.console import name_unverified, print_json, progress_bars
+from exporter.console import name_unverified, print_json, progress_bars, show_notes
 
 if TYPE_CHECKING:
     from runtime import Session
@@ -75,6 +75,7 @@ def generate(
             bundle, backend=backend, threads=threads, verify=verify, weights_folder=weights_folder, progress=progress
         )
     name_unverified(session.unverified)
+    show_notes(session.notes)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -145,6 +145,12 @@ def name_unverified(names: Sequence[str]) -> None:
         print(_paragraph(text, sys.stderr), file=sys.stderr)
 
 
+def show_notes(notes: Sequence[str]) -> None:
+    """Say on stderr what makes a session slower than it could be."""
+    for note in notes:
+        print(_paragraph(f"cierzo: {note}", sys.stderr), file=sys.stderr)
+
+
 def explain(error: BaseException) -> tuple[str, int]:
     """One paragraph for a person, and the exit code, for whatever ended a command."""
     from runtime.errors import CierzoError  # brings numpy along, which --help can do without

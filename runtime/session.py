@@ -90,6 +90,11 @@ class Session:
         return self._bundle.unverified
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes this session slower than it could be, each a sentence; mostly nothing."""
+        return self._engine.notes
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes held for the KV buffers: constant in the number of tokens, proportional to the rows (1 at first)."""
         return self._engine.kv_bytes

@@ -43,6 +43,11 @@ class Engine(Protocol):
         """Bytes held for the KV buffers."""
         ...
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes this engine slower than it could be, each a sentence for a person; mostly nothing."""
+        ...
+
     def allocate(self, batch: int) -> None:
         """Replace the KV buffers by zeroed ones for `batch` rows."""
         ...

@@ -56,6 +56,17 @@ def test_ids_in_and_out_far_past_the_window(toy: Path) -> None:
     assert result.stderr.endswith(" tokens/s\n")
 
 
+def test_a_session_that_is_slow_for_lack_of_memory_says_so(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(toy, threads=1).notes == ()
+    monkeypatch.setattr("runtime.backends.onnxruntime.folds_weights", lambda info, available: False)
+    result = generate(toy, words(PROMPT), "--ids")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == words(TOY.greedy(PROMPT, 12)) + "\n"
+    note, speed = result.stderr.splitlines()
+    assert note.startswith("cierzo: Making the weights in float32 once takes about ")
+    assert speed.startswith("6 prompt and 12 new tokens in ")
+
+
 def test_ids_as_json(toy: Path) -> None:
     result = generate(toy, words(PROMPT), "--ids", "--json")
     assert result.exit_code == 0, result.stderr

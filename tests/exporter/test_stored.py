@@ -238,6 +238,7 @@ def test_an_engine_without_room_for_made_weights_holds_its_budget(
     monkeypatch.setattr(backend, "_SMALL", "1")  # the matrices of this model are small
     session = load(bundle, threads=1)
     assert not backend.folds_weights(session.manifest.weights, 0)
+    assert "every step makes them anew" in session.notes[0]
     judge = Judge(Exported(source, bundle))
     judge.hold(session, random_rows([23, 11], judge.vocab_size, seed=3), seed=4)
 
