@@ -18,7 +18,7 @@ ignore_option = click.option(
     "ignored",
     multiple=True,
     metavar="KEY",
-    help="Accept this unknown key of config.json, of which you know that it changes nothing. Repeatable.",
+    help="Accept this unknown key of the checkpoint's config, of which you know that it changes nothing. Repeatable.",
 )
 layout_option = click.option(
     "--layout", type=click.Choice(LAYOUTS), help="Which layout to read.  [default: the one that the folder has]"

@@ -144,8 +144,9 @@ def build_graph(
     widest = max((window for window in plan.kinds if window is not None), default=0)
     if widest > LONGEST_WINDOW:
         raise ExportError(
-            f"config.json says a sliding window of {widest:,} tokens, and masks are recognised up to {LONGEST_WINDOW:,}"
-            " only. If no text will be that long, set sliding_window to null there and give the --context you need."
+            f"The checkpoint says a sliding window of {widest:,} tokens, and masks are recognised up to "
+            f"{LONGEST_WINDOW:,} only. If no text will be that long, set sliding_window to null there and give the "
+            "--context you need."
         )
     if progress is not None:
         progress(TRACING, 0, 1)
@@ -199,6 +200,6 @@ def _check_nodes(model: ir.Model, plan: ExportPlan) -> None:
     due = tuple(FULL if window is None else window for window in plan.config.layer_windows)
     if windows != due:
         raise FusionError(
-            f"The attention nodes were found to have the windows {windows} and config.json says {due} "
+            f"The attention nodes were found to have the windows {windows} and the checkpoint says {due} "
             f"({FULL} is full attention). Nothing was written."
         )

@@ -53,17 +53,6 @@ class WeightSource:
     pairs_of_head: int | None = None
 
     @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def piece_shape(self) -> tuple[int, ...]:
-        """Shape of each piece as a part of the parameter: the pieces are concatenated along axis 0."""
-        rows = self.size // len(self.pieces) // math.prod(self.shape[1:])
-        return (rows, *self.shape[1:])
-
-    @property
     def is_one_tensor(self) -> bool:
         """Whether the parameter lies in the checkpoint as it is."""
         return len(self.pieces) == 1 and self.pieces[0].whole and self.pairs_of_head is None

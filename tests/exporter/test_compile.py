@@ -209,7 +209,7 @@ def test_a_stitched_model_that_breaks_the_contract_stops_the_export(
         return model
 
     monkeypatch.setattr(exporter.compile, "stitch", spoil)
-    words = r"windows \(6, 5\) and config.json says \(5, 5\)" if fault == "window" else "holds 5 nodes of Rotary"
+    words = r"windows \(6, 5\) and the checkpoint says \(5, 5\)" if fault == "window" else "holds 5 nodes of Rotary"
     with shared_traces(), pytest.raises(FusionError, match=words):
         export(checkpoint(), tmp_path / "bundle", chunk=4)
     assert names(tmp_path) == []

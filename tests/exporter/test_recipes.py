@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_a_file_of_the_bundles_own(tmp_path: Path, kind: str) -> None:
     bind_weights(model, recipes)
     assert sum(PARAMETER in node.metadata_props for node in model.graph) == (21 if kind == "stored" else 0)
     assert sum(recipe.folded_bytes for recipe in recipes) == (
-        sum(4 * source.size for source in sources.values()) if kind == "stored" else 0
+        sum(4 * math.prod(source.shape) for source in sources.values()) if kind == "stored" else 0
     )
     check(opened, model, tmp_path)
 
