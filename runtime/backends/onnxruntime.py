@@ -19,6 +19,7 @@ from runtime.backends.memory import available_memory, fits, return_freed_memory
 from runtime.bundle import Bundle
 from runtime.chunking import Int64Array
 from runtime.errors import BackendError, BundleError
+from runtime.kernels import kernels
 from runtime.manifest import WeightsInfo
 from runtime.rolling_kv import RollingKV
 
@@ -99,6 +100,9 @@ class OnnxRuntimeEngine:
         if bundle.weights_folder != bundle.path:
             options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(bundle.weights_folder))
         path = bundle.file(bundle.manifest.graph.file)
+        found = kernels()
+        if found is not None:
+            options.register_custom_ops_library(str(found.library))
         try:
             self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no base below Exception

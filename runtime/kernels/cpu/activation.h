@@ -1,0 +1,16 @@
+/* The gated units' activations, one row at a time: y = act(gate) * up. */
+#ifndef CIERZO_ACTIVATION_H
+#define CIERZO_ACTIVATION_H
+
+#include <stddef.h>
+
+/* In the order of ACTIVATION_NAMES in activation.c. */
+typedef enum { SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SIGMOID, TANH, NUM_ACTIVATIONS } Activation;
+
+/* The activation of this name, -1 for an unknown one. */
+int activation_named(const char *name);
+
+/* y[i] = act(gate[i]) * up[i]; y may be gate or up. */
+void gated_activation(Activation, const float *gate, const float *up, float *y, size_t count);
+
+#endif

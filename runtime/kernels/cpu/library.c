@@ -1,0 +1,28 @@
+#include "library.h"
+
+#include "isa.h"
+
+#define DOMAIN "cierzo"
+
+typedef OrtStatus *(*CreateDomain)(const char *, OrtCustomOpDomain **);
+typedef OrtStatus *(*AddOp)(OrtCustomOpDomain *, const OrtCustomOp *);
+typedef OrtStatus *(*AddDomain)(OrtSessionOptions *, OrtCustomOpDomain *);
+
+static Op *const OPS[] = {
+    &gated_activation_op,
+};
+enum { NUM_OPS = sizeof OPS / sizeof OPS[0] };
+
+const char *cierzo_isa(void) { return isa_name(isa_level()); }
+
+const char *cierzo_op(int index) { return index >= 0 && index < NUM_OPS ? OPS[index]->name : NULL; }
+
+OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+    const OrtApi *api = base->get_api(CIERZO_ORT_API_VERSION);
+    OrtCustomOpDomain *domain = NULL;
+    OrtStatus *status = ((CreateDomain)(uintptr_t)api->entries[ORT_CREATE_CUSTOM_OP_DOMAIN])(DOMAIN, &domain);
+    for (int i = 0; status == NULL && i < NUM_OPS; i++)
+        status = ((AddOp)(uintptr_t)api->entries[ORT_CUSTOM_OP_DOMAIN_ADD])(domain, prepared(OPS[i]));
+    /* The domain is never released: sessions made with these options go on using it. */
+    return status != NULL ? status : ((AddDomain)(uintptr_t)api->entries[ORT_ADD_CUSTOM_OP_DOMAIN])(options, domain);
+}
