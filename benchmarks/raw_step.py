@@ -28,6 +28,8 @@ class OpTime:
 class RawStep:
     """One row, steps of `width` tokens, same session options as runtime/backends/onnxruntime.py.
 
+    Logits are those of the last token, as a prompt's last step asks for them.
+
     in_place: bind each past and its present to one buffer; otherwise each to its own, and the results are not fed back.
     profile_folder: measure every node, see `op_times`. rings: the buffers bound as present, keys and values in turn.
     """
@@ -53,21 +55,23 @@ class RawStep:
         self._start_B = np.zeros(1, dtype=np.int64)
         self._count_B = np.full(1, width, dtype=np.int64)
         ids_BT = np.random.default_rng(0).integers(0, model.vocab_size, (1, width))
-        logits_BTV = np.empty((1, width, model.vocab_size), dtype=np.float32)
+        position_BR = np.full((1, 1), width - 1, dtype=np.int64)
+        logits_BRV = np.empty((1, 1, model.vocab_size), dtype=np.float32)
         capacities = [layer.capacity for layer in kv.layers]
         sizes = {"batch": 1, "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
         past = RollingKV(capacities, dtype=kv.dtype, **sizes)
         present = past if in_place else RollingKV(capacities, dtype=kv.dtype, **sizes)
-        self._kept = (ids_BT, logits_BTV, past, present)  # a binding is a view of its arrays
+        self._kept = (ids_BT, position_BR, logits_BRV, past, present)  # a binding is a view of its arrays
         self.rings = [ring for layer in present.layers for ring in (layer.key_BGSD, layer.value_BGSD)]
         view = ort.OrtValue.ortvalue_from_numpy
         for name, array in (
             (graph.input_ids, ids_BT),
             (graph.start_positions, self._start_B),
             (graph.token_counts, self._count_B),
+            (graph.logit_positions, position_BR),
         ):
             self._binding.bind_ortvalue_input(name, view(array))
-        self._binding.bind_ortvalue_output(graph.logits, view(logits_BTV))
+        self._binding.bind_ortvalue_output(graph.logits, view(logits_BRV))
         for layer, old, new in zip(kv.layers, past.layers, present.layers, strict=True):
             for past_name, present_name, source, target in (
                 (layer.past_key, layer.present_key, old.key_BGSD, new.key_BGSD),

@@ -54,8 +54,9 @@ class Run:
         self.bytes: dict[int, int] = {}
 
     def step(self, start: int, count: int) -> None:
-        """Feed the text's tokens from `start` on."""
-        self.engine.step(self.ids[None, start : start + count], np.array([start]), np.array([count]))
+        """Feed the text's tokens from `start` on; the last one's logits are computed."""
+        tokens = self.ids[None, start : start + count]
+        self.engine.step(tokens, np.array([start]), np.array([count]), np.array([[count - 1]]))
 
     def feed(self) -> float:
         """Read the whole text, remember the state at each position; tokens a second."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from exporter.cli_bench import bench
 from exporter.cli_generate import generate
 from exporter.cli_options import (
     EXISTING,
@@ -21,6 +22,7 @@ from exporter.cli_options import (
     ignore_option,
     json_option,
     layout_option,
+    quantize_options,
     text_only_option,
 )
 from exporter.cli_parity import bisect, validate
@@ -33,7 +35,7 @@ from exporter.console import (
     progress_bars,
     report_error,
 )
-from exporter.defaults import ATTENTIONS, DEFAULT_MAX_BATCH, FRONTENDS, WEIGHT_KINDS
+from exporter.defaults import ATTENTIONS, DEFAULT_MAX_BATCH, FRONTENDS, KV_KINDS, WEIGHT_KINDS
 
 MODELS = ("mistral", "mixtral")
 
@@ -123,10 +125,12 @@ def inspect(path: Path, layout: str | None, text_only: bool, ignored: tuple[str,
     type=click.Choice(WEIGHT_KINDS),
     default=WEIGHT_KINDS[0],
     show_default=True,
-    help="As the checkpoint stores them, or converted. Both compute in float32.",
+    help="As the checkpoint stores them, converted, or quantised.",
 )
+@quantize_options
 @click.option("--copy", is_flag=True, help="Copy the weights into OUT instead of linking the checkpoint's files.")
 @click.option("--no-hash", is_flag=True, help="Do not read the checkpoint's files for the sake of their hashes.")
+@click.option("--kv", type=click.Choice(KV_KINDS), help="Type of the KV buffers.  [default: by the weights]")
 @click.option("--chunk", type=click.IntRange(min=1), help="Most tokens of a row in one step.  [default: chosen]")
 @click.option(
     "--max-batch", type=click.IntRange(min=1), default=DEFAULT_MAX_BATCH, show_default=True, help="Most rows."
@@ -154,8 +158,14 @@ def export(
     checkpoint: Path,
     out: Path,
     weights: str,
+    block_size: str | None,
+    zero_points: bool | None,
+    scales: str | None,
+    quantizer: str | None,
+    keep: tuple[str, ...],
     copy: bool,
     no_hash: bool,
+    kv: str | None,
     chunk: int | None,
     max_batch: int,
     context: int | None,
@@ -170,7 +180,8 @@ def export(
 ) -> None:
     """Compile CHECKPOINT (a folder in Hugging Face's layout or Mistral's own) into the new folder OUT, the bundle.
 
-    The weights stay in the checkpoint's files, which OUT gets hard links to: no weight is copied or converted.
+    The weights stay in the checkpoint's files, which OUT gets hard links to: no weight is copied or converted, unless
+    --weights or --copy ask for it.
     """
     from exporter import export as run
     from runtime.manifest import COPIED, FOLDER, LINKED
@@ -180,8 +191,14 @@ def export(
             checkpoint,
             out,
             weights=weights,
+            block_size=None if block_size is None else int(block_size),
+            zero_points=zero_points,
+            scales=scales,
+            quantizer=quantizer,
+            keep=keep,
             copy=copy,
             hashes=not no_hash,
+            kv=kv,
             chunk=chunk,
             max_batch=max_batch,
             context=context,
@@ -231,5 +248,6 @@ def demo(keep: Path | None, model: str) -> None:
 cli.add_command(generate)
 cli.add_command(validate)
 cli.add_command(bisect)
+cli.add_command(bench)
 
 main: Callable[[], None] = cli

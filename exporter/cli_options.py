@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
-from exporter.defaults import LAYOUTS
+from exporter.defaults import DEFAULT_BLOCK_SIZE, GROUPS, LAYOUTS, QUANTIZERS, SCALES
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
 
 EXISTING = click.Path(exists=True, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -32,3 +36,36 @@ weights_folder_option = click.option(
     help="Where the checkpoint's files are, if they were moved after the export.",
 )
 verify_option = click.option("--verify", is_flag=True, help="Compare the hash of every file first.")
+
+_QUANTIZE = (
+    click.option(
+        "--block-size",
+        type=click.Choice(["16", "32", "64", "128", "256"]),
+        help=f"int8, int4: weights that share a scale.  [default: {DEFAULT_BLOCK_SIZE}]",
+    ),
+    click.option(
+        "--zero-points/--no-zero-points",
+        default=None,
+        help="int8, int4: whether each block has a zero point.  [default: no]",
+    ),
+    click.option("--scales", type=click.Choice(SCALES), help=f"int8, int4: their type.  [default: {SCALES[0]}]"),
+    click.option(
+        "--quantizer",
+        type=click.Choice(QUANTIZERS),
+        help=f"int8, int4: search for the best scales, or round to nearest.  [default: {QUANTIZERS[0]}]",
+    ),
+    click.option(
+        "--keep",
+        multiple=True,
+        metavar="NAME[=int8]",
+        help=f"int8, int4: leave this as it is stored, or in int8: {', '.join(GROUPS[:6])}, or a pattern over "
+        "parameters. Repeatable.",
+    ),
+)
+
+
+def quantize_options(command: _Command) -> _Command:
+    """The options of quantised weights; what was not given is None, so that a quantised checkpoint's own may stand."""
+    for option in reversed(_QUANTIZE):
+        command = option(command)
+    return command

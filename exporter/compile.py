@@ -7,12 +7,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, TRACING, WEIGHT_KINDS
+from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, KV_KINDS, TRACING, WEIGHT_KINDS
 from exporter.describe import small_files, version
 from exporter.frontends import REFERENCE, Frontend, open_frontend, trace
 from exporter.partial import remove_leftovers
 from exporter.placement import foresee
 from exporter.plan import ExportPlan, make_plan
+from exporter.quantize.options import read_options
 from exporter.save import absolute, bundle_folder, refuse_existing, refuse_full_disk, refuse_names
 from exporter.stitch import stitch
 from exporter.text_ends import with_text_ends
@@ -22,7 +23,8 @@ from graph_passes import pipeline
 from graph_passes.fuse.sliding_window import LONGEST_WINDOW
 from graph_passes.ops import DOMAIN
 from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
-from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION
+from graph_passes.ops.rolling_attention import ROLLING_ATTENTION
+from graph_passes.ops.sliding_window_attention import FULL
 from graph_passes.region import IR_VERSION
 from reference.checkpoint import open_checkpoint
 from reference.torch_state import plain_torch
@@ -39,11 +41,17 @@ def export(
     out: str | Path,
     *,
     weights: str = WEIGHT_KINDS[0],
+    block_size: int | None = None,
+    zero_points: bool | None = None,
+    scales: str | None = None,
+    quantizer: str | None = None,
+    keep: Collection[str] = (),
     copy: bool = False,
     hashes: bool = True,
     chunk: int | None = None,
     max_batch: int = DEFAULT_MAX_BATCH,
     context: int | None = None,
+    kv: str | None = None,
     prove: bool = True,
     dump_passes: str | Path | None = None,
     progress: Progress | None = None,
@@ -58,11 +66,20 @@ def export(
     weights: "stored" leaves every weight in the type and in the files that it has, and the graph says how it becomes
         what is computed with; "fp32" converts into a file of the bundle, unless the checkpoint holds exactly that
         already. Arithmetic is float32 in both, and so are the logits the same. Infinite values and such that are no
-        numbers are found only where values are read: with "fp32" and with `copy`.
+        numbers are found only where values are read: with "fp32" and with `copy`. "int8" and "int4" quantise matrices
+        (`exporter.quantize.decide` says which) into a file of the bundle. A checkpoint that is quantised already is
+        copied as it is, by "stored" and by the kind that it has; "fp32" turns its weights back into numbers.
+    block_size: weights that share a scale, 16 to 256; by default 32. zero_points: whether a block has one; by default
+        not. scales: "float16" (the default) or "float32". quantizer: "search" (the default), which looks for the scales
+        of least squared error, or "rtn", which takes those that the largest weights give. The last four are for the
+        quantised kinds only, and None means the default, or what a quantised checkpoint has.
+    keep: parameters that a quantised kind leaves more precise, each "NAME" (as stored) or "NAME=int8": NAME is one of
+        GROUPS in `exporter.defaults`, or a pattern over parameters such as "layers.3.*". The most precise counts.
     copy: write the weights into the bundle, so that it needs no file of the checkpoint; else they are linked or named
         (see `exporter.placement`).
     hashes: record hashes of the checkpoint's files, which reads them once.
     chunk, max_batch, context: see `exporter.plan`.
+    kv: type of the KV buffers, "float32", "float16" or "int8"; None is float32, and float16 with quantised weights.
     prove: hold every fusion numerically against the nodes that it replaces.
     dump_passes: a folder that gets the template's graph before and after each pass.
     progress: called with (stage, done, total), in bytes for the stages BYTE_STAGES of `exporter.defaults`.
@@ -76,6 +93,9 @@ def export(
     target = absolute(out)
     if weights not in WEIGHT_KINDS:
         raise ExportError(f"weights = {weights!r} is not one that this version writes ({', '.join(WEIGHT_KINDS)}).")
+    quantize = read_options(
+        weights, block_size=block_size, zero_points=zero_points, scales=scales, quantizer=quantizer, keep=keep
+    )
     refuse_names([target])
     refuse_existing(target)
     dump_folder = None if dump_passes is None else _made_dump_folder(dump_passes, target)
@@ -86,8 +106,9 @@ def export(
     chosen = open_frontend(frontend, attention, opened, ignore_config_keys)
     tokenizer = needed_files(opened.tokenizer_files) if has_tokenizer(opened.tokenizer_files) else ()
     opened = with_text_ends(opened, tokenizer)
-    placed = plan_weights(opened, bind(opened), weights, copy)
-    plan = make_plan(opened.config, chunk=chunk, max_batch=max_batch, context=context)
+    placed = plan_weights(opened, bind(opened), weights, copy, quantize)
+    kv = kv or KV_KINDS[0 if placed.quantized is None else 1]
+    plan = make_plan(opened.config, chunk=chunk, max_batch=max_batch, context=context, kv=kv)
     remove_leftovers(target)
     refuse_full_disk(target, placed.disk_bytes)
     if placed.file is None:
@@ -95,6 +116,11 @@ def export(
     model, report = build_graph(plan, frontend=chosen, prove=prove, dump_folder=dump_folder, progress=progress)
     options = {
         "weights": weights,
+        "block_size": block_size,
+        "zero_points": zero_points,
+        "scales": scales,
+        "quantizer": quantizer,
+        "keep": list(keep),
         "copy": copy,
         "hashes": hashes,
         "frontend": chosen.name,
@@ -102,6 +128,7 @@ def export(
         "chunk": plan.chunk,
         "max_batch": max_batch,
         "context": plan.context,
+        "kv": plan.kv,
         "prove": prove,
         "ignore_config_keys": sorted(ignore_config_keys),
         "layout": layout,
@@ -171,21 +198,32 @@ def build_graph(
 
 
 def expected_fusions(plan: ExportPlan, layers: int) -> dict[str, int]:
-    """How often each rule must fire in a graph of `layers` layers: query and key turn, key and value are written."""
-    expected = {"rope": 2 * layers, "rolling_kv": 2 * layers, "gqa": layers, "sliding_window": layers}
-    if plan.config.moe is not None:
+    """How often each rule must fire in a graph of `layers` layers.
+
+    Query and key turn, key and value are written; a layer has two norms, and the model one more behind the last.
+    """
+    config = plan.config
+    attention = ("gqa", "sliding_window", "rolling_attention")
+    expected = {"rope": 2 * layers, "rolling_kv": 2 * layers, **dict.fromkeys(attention, layers)}
+    expected["rms_norm"] = (4 if config.qk_norm else 2) * layers + 1
+    if config.moe is not None:
         expected |= {"moe_gate": layers, "moe": layers}
     else:
         expected |= {"gated_activation": layers}
+    # Four projections of the attention, and the router or the three of the feed-forward layer; then the output.
+    expected["linear"] = (5 if config.moe is not None else 7) * layers + 1
     return expected
+
+
+TAKEN_IN = (*(op.name for op in ROLLING_ATTENTION.calls), GROUPED_QUERY_ATTENTION.name)
+"""Plugin ops whose nodes end up inside other ones; their function bodies may stay, since others call them."""
 
 
 def expected_nodes(plan: ExportPlan) -> dict[str, int]:
     """How often each plugin node must be in the whole model."""
     rules = expected_fusions(plan, plan.config.num_layers)
     by_op = {rule.op.name: rules.get(rule.name, 0) for rule, _ in pipeline.PIPELINE}
-    by_op[GROUPED_QUERY_ATTENTION.name] = 0  # each has become a SlidingWindowAttention
-    return by_op
+    return by_op | dict.fromkeys(TAKEN_IN, 0)
 
 
 def _check_nodes(model: ir.Model, plan: ExportPlan) -> None:
@@ -195,7 +233,7 @@ def _check_nodes(model: ir.Model, plan: ExportPlan) -> None:
         found = sum(node.op_type == op for node in nodes)
         if found != expected:
             raise FusionError(f"The model holds {found} nodes of {op} where {expected} are due. Nothing was written.")
-    attention = [node for node in nodes if node.op_type == SLIDING_WINDOW_ATTENTION.name]
+    attention = [node for node in nodes if node.op_type == ROLLING_ATTENTION.name]
     windows = tuple(node.attributes["window"].as_int() for node in attention)
     due = tuple(FULL if window is None else window for window in plan.config.layer_windows)
     if windows != due:

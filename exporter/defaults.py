@@ -14,8 +14,26 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_MAX_BATCH = 8
 """Most rows of a session."""
 
-WEIGHT_KINDS = ("stored", "fp32")
-"""As what an export leaves the weights: the types that the checkpoint has, or converted; the first is the default."""
+WEIGHT_KINDS = ("stored", "fp32", "int8", "int4")
+"""As what an export leaves the weights: as the checkpoint has them, converted, or quantised; the first is the default."""
+
+QUANTIZED_KINDS = {"int8": 8, "int4": 4}
+"""The quantised ones, and their bits."""
+
+DEFAULT_BLOCK_SIZE = 32
+"""Weights that share a scale."""
+
+QUANTIZERS = ("search", "rtn")
+"""How scales are found (`exporter.quantize.blocks`); the first one is the default."""
+
+SCALES = ("float16", "float32")
+"""Types of the scales; the first one is the default."""
+
+GROUPS = ("lm_head", "attention", "mlp", "experts", "first", "last", "embed", "router")
+"""Names for parameters that stay more precise; mlp and experts name the same."""
+
+KV_KINDS = ("float32", "float16", "int8")
+"""Types that KV buffers can have. The first is the default, and with quantised weights the second."""
 
 LAYOUTS = ("huggingface", "native")
 """Layouts of checkpoints that can be asked for; without asking, it is the one that the folder has."""

@@ -14,19 +14,29 @@ from exporter.frontends import Frontend
 from exporter.hashing import small_entry
 from exporter.placement import Placement
 from exporter.plan import ExportPlan
+from exporter.quantize.decide import Decisions
+from exporter.quantize.file import QuantizedFile
 from exporter.recipes import Recipe
-from exporter.trace import INPUT_IDS, LOGITS, START_POSITIONS, TOKEN_COUNTS, past_names, present_names
+from exporter.trace import (
+    INPUT_IDS,
+    LOGIT_POSITIONS,
+    LOGITS,
+    START_POSITIONS,
+    TOKEN_COUNTS,
+    past_names,
+    present_names,
+)
 from graph_passes.ops import OPSET
 from reference.checkpoint import Checkpoint
 from reference.layouts import layout_of
-from reference.weight_source import WeightSource
+from reference.weights import Source
 
 _VERSIONED = ("cierzo", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 Entry = dict[str, Any]
 
 
-def model_section(plan: ExportPlan, sources: Mapping[str, WeightSource]) -> dict[str, Any]:
+def model_section(plan: ExportPlan, sources: Mapping[str, Source]) -> dict[str, Any]:
     """Sizes of the model, and the ids that begin and end a text."""
     config = plan.config
     return {
@@ -52,6 +62,7 @@ def graph_section(file: str) -> dict[str, Any]:
         "input_ids": INPUT_IDS,
         "start_positions": START_POSITIONS,
         "token_counts": TOKEN_COUNTS,
+        "logit_positions": LOGIT_POSITIONS,
         "logits": LOGITS,
     }
 
@@ -72,7 +83,7 @@ def kv_section(plan: ExportPlan) -> dict[str, Any]:
             }
         )
     return {
-        "dtype": "float32",
+        "dtype": plan.kv,
         "chunk": plan.chunk,
         "max_batch": plan.max_batch,
         "context": plan.context,
@@ -82,19 +93,38 @@ def kv_section(plan: ExportPlan) -> dict[str, Any]:
 
 
 def weights_section(
-    kind: str, placement: Placement, recipes: Sequence[Recipe], files: Mapping[str, Entry]
+    kind: str,
+    quantized: QuantizedFile | None,
+    placement: Placement,
+    recipes: Sequence[Recipe],
+    files: Mapping[str, Entry],
 ) -> dict[str, Any]:
     """Where the weights lie and as what."""
     types = Counter(piece.dtype for recipe in recipes for piece in recipe.pieces)
     return {
         "kind": kind,
+        "quantization": None if quantized is None else _quantization(quantized.decisions),
         "arithmetic": "float32",
         "placement": placement.kind,
         "folder": None if placement.folder is None else str(placement.folder),
         "types": dict(sorted(types.items())),
         "folded_bytes": sum(recipe.folded_bytes for recipe in recipes),
         "folding_bytes": sum(recipe.folding_bytes for recipe in recipes),
+        "made_bytes": sum(recipe.made_bytes for recipe in recipes),
+        "making_bytes": sum(recipe.making_bytes for recipe in recipes),
         "files": dict(files),
+    }
+
+
+def _quantization(decisions: Decisions) -> Entry:
+    main = decisions.main
+    return {
+        "bits": main.bits,
+        "block_size": main.block_size,
+        "zero_points": main.zero_points,
+        "scales": {"F16": "float16", "F32": "float32"}[main.scale],
+        "method": decisions.method,
+        "kept": decisions.kept,
     }
 
 

@@ -147,6 +147,7 @@ def _inspect_config(path: Path, config: ModelConfig, layout: str) -> InspectRepo
             tie_word_embeddings=config.tie_word_embeddings,
             dtype=config.dtype,
             layout=layout,
+            quantization=None if config.quantization is None else str(config.quantization),
         ),
         parameters=count_parameters(config),
         kv=tuple(kv_use(config.layer_windows, config.num_kv_heads, config.head_dim, context) for context in CONTEXTS),
@@ -157,21 +158,18 @@ def _inspect_config(path: Path, config: ModelConfig, layout: str) -> InspectRepo
 def _inspect_checkpoint(checkpoint: Checkpoint) -> InspectReport:
     from dataclasses import replace
 
-    from reference.weights import bind, unused_reason
+    from reference.weights import bind, reason_unused
 
-    used = {piece.tensor for source in bind(checkpoint).values() for piece in source.pieces}
+    used = {name for source in bind(checkpoint).values() for name in source.tensors}
     entries, config = checkpoint.tensors.values(), checkpoint.config
     dtypes = [entry.dtype for entry in entries]
-
-    def reason(name: str) -> str:
-        return unused_reason(config, name, layout=checkpoint.layout, text_only=checkpoint.text_only) or ""
 
     stored = StoredTensors(
         files=len({entry.file for entry in entries}),
         tensors=len(entries),
         bytes=sum(entry.nbytes for entry in entries),
         dtypes={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
-        unused={name: reason(name) for name in checkpoint.tensors if name not in used},
+        unused={name: reason_unused(checkpoint, name) or "" for name in checkpoint.tensors if name not in used},
     )
     return replace(_inspect_config(checkpoint.path, config, checkpoint.layout), kind="checkpoint", stored=stored)
 

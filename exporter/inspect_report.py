@@ -13,7 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Sizes of the model. None: a bundle's manifest does not record it (or there are no experts)."""
+    """Sizes of the model. None: a bundle's manifest does not record it (or there are no experts).
+
+    quantization: how a checkpoint packs its matrices; None where all are plain.
+    """
 
     architecture: str
     num_layers: int
@@ -32,6 +35,7 @@ class ModelFacts:
     tie_word_embeddings: bool | None = None
     dtype: str | None = None
     layout: str | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

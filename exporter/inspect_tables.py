@@ -102,6 +102,7 @@ def _model_table(report: InspectReport) -> Table:
             + (", embedding tied to lm_head" if model.tie_word_embeddings else ""),
             "positions trained": model.max_position_embeddings,
             "weights stored as": model.dtype,
+            "quantised by": model.quantization,
             "layout": _LAYOUTS.get(model.layout or ""),
         },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from exporter.defaults import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_MAX_BATCH, LEAST_CHUNK
+from exporter.defaults import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_MAX_BATCH, KV_KINDS, LEAST_CHUNK
 from graph_passes.ops.moe import MOST_NUMBERS
 from reference.config import ModelConfig
 from runtime.errors import ExportError
@@ -23,6 +23,7 @@ class ExportPlan:
     chunk: C, the most tokens of a row that one step takes.
     context: positions that a full-attention buffer holds; None when every layer slides.
     max_batch: the most rows that a session may have.
+    kv: type of the KV buffers, one of `exporter.defaults.KV_KINDS`.
     """
 
     config: ModelConfig
@@ -31,6 +32,7 @@ class ExportPlan:
     chunk: int
     context: int | None
     max_batch: int
+    kv: str = KV_KINDS[0]
 
     def capacity(self, kind: int) -> int:
         """Ring slots of a layer kind: W + C − 1, since a chunk is written before it is attended to; or the context."""
@@ -63,7 +65,12 @@ class ExportPlan:
 
 
 def make_plan(
-    config: ModelConfig, *, chunk: int | None = None, max_batch: int = DEFAULT_MAX_BATCH, context: int | None = None
+    config: ModelConfig,
+    *,
+    chunk: int | None = None,
+    max_batch: int = DEFAULT_MAX_BATCH,
+    context: int | None = None,
+    kv: str = KV_KINDS[0],
 ) -> ExportPlan:
     """Fill in the defaults; raises ExportError for a number that is none or below 1, or a context past the model's end.
 
@@ -89,4 +96,6 @@ def make_plan(
     if context is not None:
         chunk = min(chunk, context)
     kind_of_layer = tuple(kinds.index(window) for window in config.layer_windows)
-    return ExportPlan(config, kinds, kind_of_layer, chunk, context, max_batch)
+    if kv not in KV_KINDS:
+        raise ExportError(f"kv = {kv!r} is no type that KV buffers can have ({', '.join(KV_KINDS)}).")
+    return ExportPlan(config, kinds, kind_of_layer, chunk, context, max_batch, kv)

@@ -1,10 +1,12 @@
 """How the graph makes each parameter out of what is stored: pieces in files, put together, put in order, cast.
 
 The weights of a bundle may lie in the checkpoint's own files, as they were published. A parameter that lies there whole
-and in float32 is then simply an initializer. Any other gets a recipe, nodes that the fusions never see, since they are
+and in the type that the graph reads is then simply an initializer. Any other gets a recipe, nodes that the fusions never see, since they are
 added when the graph is finished:
 
-    pieces (external initializers)  ─ Concat, if several ─ Gather, if rows change places ─ Cast, if not float32 ─▶ name
+    pieces (external initializers)  ─ Concat, if several ─ Gather, if rows change places ─ Cast, if need be ─▶ name
+
+Matrices are read as they are stored and need no Cast (`graph_passes.lower.linears`); norms and biases are float32.
 
 An engine may run a recipe when it loads and keep the result, or in every step. Each of its nodes carries the
 parameter's name in its metadata, and the last one gives it out under that name, so that tools find parameters as
@@ -23,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from graph_passes.lower.formats import TYPES, LinearFormat, Stored
 from graph_passes.unbound import UnboundWeight
 from reference.checkpoint import Checkpoint
 from reference.weight_source import WeightSource, half_split_order
@@ -30,9 +33,6 @@ from runtime.errors import TraceError
 
 PARAMETER = "cierzo.parameter"
 """Metadata of a recipe's nodes: the parameter that they make."""
-
-TYPES = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16}
-"""Stored types that a graph can read, as safetensors spells them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,48 @@ class Recipe:
     pairs_of_head: int | None = None
 
     @property
+    def dtype(self) -> str:
+        """The type in which the graph has the parameter, a key of TYPES.
+
+        A matrix that is stored in one type throughout has that one; norms, biases and mixtures of types are float32.
+        """
+        types = {piece.dtype for piece in self.pieces}
+        return types.pop() if len(types) == 1 and (len(self.shape) > 1 or types == {"U8"}) else "F32"
+
+    @property
     def is_plain(self) -> bool:
-        """Whether the parameter lies in one piece and in float32: then it is an initializer and needs no nodes."""
-        return len(self.pieces) == 1 and self.pieces[0].dtype == "F32" and self.pairs_of_head is None
+        """Whether the parameter lies in one piece and in the graph's type: an initializer, which needs no nodes."""
+        return len(self.pieces) == 1 and self.pieces[0].dtype == self.dtype and self.pairs_of_head is None
+
+    @property
+    def made_bytes(self) -> int:
+        """What the recipe's result takes in memory when an engine makes it once and keeps it; 0 for a plain one."""
+        return 0 if self.is_plain else int(math.prod(self.shape) * TYPES[self.dtype].itemsize)
+
+    @property
+    def making_bytes(self) -> int:
+        """What all of the recipe's steps give out together, which engines hold until the whole graph is folded."""
+        stored = sum(piece.nbytes for piece in self.pieces)
+        casts = stored != math.prod(self.shape) * TYPES[self.dtype].itemsize
+        steps = (len(self.pieces) > 1) + (self.pairs_of_head is not None)
+        return (steps - 1 + (not casts)) * stored + self.made_bytes if steps else self.made_bytes
 
     @property
     def folded_bytes(self) -> int:
-        """What the parameter takes in memory when an engine makes it once and keeps it; nothing for a plain one."""
-        return 0 if self.is_plain else 4 * math.prod(self.shape)
+        """What the parameter takes in memory where function bodies run, which widen every matrix to float32."""
+        if self.dtype == "U8":
+            return math.prod(self.shape)  # put in another order for the kernels of MatMulNBits
+        return 0 if self.is_plain and self.dtype == "F32" else 4 * math.prod(self.shape)
 
     @property
     def folding_bytes(self) -> int:
-        """What all steps give out together on the way to that, which engines hold until the whole graph is folded.
+        """As `making_bytes`, where function bodies run.
 
         The body of MixtureOfExperts multiplies with its matrices turned around, which is one more step.
         """
         stored = sum(piece.nbytes for piece in self.pieces)
         before = (len(self.pieces) > 1) + (self.pairs_of_head is not None)
-        turned = 4 * math.prod(self.shape) if len(self.shape) == 3 else 0
+        turned = 4 * math.prod(self.shape) if len(self.shape) == 3 and self.dtype != "U8" else 0
         return before * stored + self.folded_bytes + turned
 
 
@@ -95,6 +119,11 @@ def _pieces(checkpoint: Checkpoint, source: WeightSource, names: Mapping[Path, s
         yield StoredPiece(names[entry.file], offset, int((piece.end - piece.begin) * itemsize), entry.dtype)
 
 
+def stored_formats(recipes: Sequence[Recipe]) -> dict[str, LinearFormat]:
+    """How a graph reads the matrices among the parameters that these recipes make."""
+    return {recipe.parameter: Stored(recipe.dtype) for recipe in recipes if len(recipe.shape) > 1}
+
+
 def bind_weights(model: ir.Model, recipes: Sequence[Recipe]) -> None:
     """Give every unbound weight of `model` its recipe.
 
@@ -112,6 +141,8 @@ def bind_weights(model: ir.Model, recipes: Sequence[Recipe]) -> None:
             raise TraceError(
                 f"{name} is {list(value.shape)} in the graph and {list(by_name[name].shape)} in the files."
             )
+        if value.dtype != TYPES[by_name[name].dtype]:
+            raise TraceError(f"{name} is {value.dtype} in the graph and {by_name[name].dtype} in the files.")
         _bind(model, value, by_name[name], readers.get(value))
 
 
@@ -143,6 +174,7 @@ def _bind(model: ir.Model, value: ir.Value, recipe: Recipe, reader: ir.Node | No
         )
         for number, piece in enumerate(recipe.pieces)
     ]
+    target = TYPES[recipe.dtype]
     if len({piece.dtype for piece in recipe.pieces}) > 1:  # Concat takes one type only
         made = [
             chain.node("Cast", [part], f"{name}.cast.{number}", ir.DataType.FLOAT, shape, to=ir.DataType.FLOAT)
@@ -154,8 +186,8 @@ def _bind(model: ir.Model, value: ir.Value, recipe: Recipe, reader: ir.Node | No
     if recipe.pairs_of_head is not None:
         order = _order(model, recipe.shape[0], recipe.pairs_of_head)
         whole = chain.node("Gather", [whole, order], f"{name}.reordered", _dtype(whole), recipe.shape, axis=0)
-    if _dtype(whole) != ir.DataType.FLOAT:
-        whole = chain.node("Cast", [whole], f"{name}.float", ir.DataType.FLOAT, recipe.shape, to=ir.DataType.FLOAT)
+    if _dtype(whole) != target:
+        whole = chain.node("Cast", [whole], f"{name}.cast", target, recipe.shape, to=target)
     replace_parameter(model, value, whole, chain.nodes, reader)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -82,8 +82,8 @@ class _Builder:
                 self._copy(node, self._shared, {})
         logits = self._shared[source.outputs[0]]
         self._graph.outputs.extend([logits, *presents])
-        used = {node.op_identifier() for node in self._graph}
-        # A rule on the way to another leaves a body behind that no node calls. (Bodies do not call each other.)
+        # A rule on the way to another leaves a body behind that no node calls.
+        used = _called(self._graph, self._template.functions)
         functions = [body.clone() for name, body in self._template.functions.items() if name in used]
         return ir.Model(self._graph, ir_version=self._template.ir_version, functions=functions)
 
@@ -210,6 +210,20 @@ class _Builder:
         if value.shape is not None:
             shape = ir.Shape([d if isinstance(d, int) else sizes.get(str(d.value), d.value) for d in value.shape])
         return ir.Value(name=name, type=value.type, shape=shape)
+
+
+def _called(
+    nodes: Iterable[ir.Node], functions: Mapping[ir.OperatorIdentifier, ir.Function]
+) -> set[ir.OperatorIdentifier]:
+    """The functions that the nodes call, and those that these call."""
+    called: set[ir.OperatorIdentifier] = set()
+    front = [node.op_identifier() for node in nodes]
+    while front:
+        name = front.pop()
+        if name in functions and name not in called:
+            called.add(name)
+            front += [node.op_identifier() for node in functions[name]]
+    return called
 
 
 def _weight_kind(value: ir.Value) -> int:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from exporter.recipes import parameters
-from runtime.chunking import Step
+from runtime.chunking import Step, all_positions
 from runtime.errors import BackendError
 from runtime.manifest import Manifest
 
@@ -128,7 +128,7 @@ def open_session(model: ir.Model, folder: Path | None, *, threads: int = 0) -> o
 
 
 class RollingTaps:
-    """The graph through its rolling steps, one step at a time, with the taps of each.
+    """The graph through its rolling steps, one step at a time, with the taps of each; every token's logits are asked for.
 
     in_place: bind each ring as `past` and as `present`, as a session does; otherwise a step leaves the ring that it
     read as it was, so that both can be looked at.
@@ -156,6 +156,7 @@ class RollingTaps:
                 graph.input_ids: step.input_ids_BT,
                 graph.start_positions: step.start_positions_B,
                 graph.token_counts: step.token_counts_B,
+                graph.logit_positions: all_positions(step),
             }
             feeds = positions | rings
             after, taps = self._step(feeds, rings)

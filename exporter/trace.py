@@ -25,9 +25,10 @@ from reference.step import Step
 from reference.weights import EMBEDDING, LM_HEAD
 from runtime.errors import TraceError
 
-INPUT_IDS, START_POSITIONS, TOKEN_COUNTS, LOGITS = "input_ids", "start_positions", "token_counts", "logits"
+INPUT_IDS, START_POSITIONS, TOKEN_COUNTS = "input_ids", "start_positions", "token_counts"
+LOGIT_POSITIONS, LOGITS = "logit_positions", "logits"
 INVERSE_FREQUENCIES = "rotary.inverse_frequency_d"
-_EXAMPLE_B, _EXAMPLE_T, _EXAMPLE_S = 3, 5, 11
+_EXAMPLE_B, _EXAMPLE_T, _EXAMPLE_R, _EXAMPLE_S = 3, 5, 2, 11
 """Any sizes of at least two: torch.export treats 0 and 1 as constants. All distinct, so that no two dims are merged."""
 
 
@@ -59,7 +60,7 @@ def trace_step(step: nn.Module, plan: ExportPlan) -> ir.Model:
     """A step on the meta device as a raw ONNX graph of opset 24, its weights still named as in `step`.
 
     step: takes what `reference.step.Step` takes, for one layer of each of the plan's kinds, and returns the same.
-    Symbolic dims are B, T and S0, S1, … (one for each layer kind). Raises TraceError when torch.export does not keep
+    Symbolic dims are B, T, R and S0, S1, … (one for each layer kind). Raises TraceError when torch.export does not keep
     them symbolic.
     """
     config = plan.template
@@ -67,25 +68,29 @@ def trace_step(step: nn.Module, plan: ExportPlan) -> ir.Model:
         tokens = torch.zeros(_EXAMPLE_B, _EXAMPLE_T, dtype=torch.int64)
         # Two tensors: torch.export takes one object that is passed twice for one input.
         start, count = torch.zeros(_EXAMPLE_B, dtype=torch.int64), torch.zeros(_EXAMPLE_B, dtype=torch.int64)
+        wanted = torch.zeros(_EXAMPLE_B, _EXAMPLE_R, dtype=torch.int64)
         rings = []
         for kind in range(len(plan.kinds)):
             shape = (_EXAMPLE_B, config.num_kv_heads, _EXAMPLE_S + 2 * kind, config.head_dim)
             rings.append((torch.empty(shape), torch.empty(shape)))
         batch, chunk = Dim("B", min=1, max=2**20), Dim("T", min=1, max=2**20)
+        asked = Dim("R", min=1, max=2**20)
         slots = [Dim(slots_dim(kind), min=1, max=2**24) for kind in range(len(plan.kinds))]
         dynamic = (
             {0: batch, 1: chunk},
             {0: batch},
             {0: batch},
+            {0: batch, 1: asked},
             [({0: batch, 2: size}, {0: batch, 2: size}) for size in slots],
         )
-        inputs = [INPUT_IDS, START_POSITIONS, TOKEN_COUNTS]
+        inputs = [INPUT_IDS, START_POSITIONS, TOKEN_COUNTS, LOGIT_POSITIONS]
         outputs = [LOGITS]
         for kind in range(len(plan.kinds)):
             inputs += past_names(kind)
             outputs += present_names(kind)
         with _quiet():
-            program = torch.export.export(step, (tokens, start, count, rings), dynamic_shapes=dynamic, strict=False)
+            example = (tokens, start, count, wanted, rings)
+            program = torch.export.export(step, example, dynamic_shapes=dynamic, strict=False)
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -139,7 +144,7 @@ def _quiet() -> Iterator[None]:
 def _name_dims(model: ir.Model, plan: ExportPlan) -> None:
     """Give the tracer's symbols (s19, s47) the names that the shapes are talked about with."""
     by_name = {str(value.name): value for value in model.graph.inputs}
-    wanted = {(INPUT_IDS, 0): "B", (INPUT_IDS, 1): "T"}
+    wanted = {(INPUT_IDS, 0): "B", (INPUT_IDS, 1): "T", (LOGIT_POSITIONS, 1): "R"}
     wanted |= {(past_names(kind)[0], 2): slots_dim(kind) for kind in range(len(plan.kinds))}
     renamed: dict[str, str] = {}
     for (name, axis), dim in wanted.items():

@@ -2,7 +2,8 @@
 
 One row of random tokens is long enough for every border; attention is causal, so the truth of a shorter prompt is the
 beginning of the truth of the longer one. The reference reads whole rows in float64 and knows nothing of rings; the
-engine gets the same tokens as prompts of boundary lengths, in uneven pieces, and one at a time.
+engine gets the same tokens as prompts of boundary lengths, in uneven pieces, one at a time, and as generation does,
+with logits of last tokens only.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def validate(
     own = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], getattr(torch, dtype), progress))
     run = _Run(session, windows, rows, truth, budget(truth, own, dtype), rng)
     checks: list[Check] = []
-    steps = (_whole_prompts, _uneven_pieces, _one_at_a_time, _ragged_batch, _reset, _receptive_field, _memory)
+    steps = (
+        _whole_prompts, _uneven_pieces, _last_tokens, _one_at_a_time, _ragged_batch, _reset, _receptive_field, _memory
+    )  # fmt: skip
     for number, step in enumerate(steps, start=1):
         checks.extend(step(run))
         if progress is not None:
@@ -152,12 +155,14 @@ def _rows(longest: int, vocabulary: int, rng: np.random.Generator) -> tuple[Row,
     return tuple(rng.integers(0, vocabulary, size, dtype=np.int64) for size in sizes)
 
 
-def _compare(run: _Run, name: str, got: Logits, want: Logits, detail: str) -> Check:
+def _compare(run: _Run, name: str, got: Logits, want: Logits, detail: str, positions: Row | None = None) -> Check:
+    """positions: of the rows of logits that are compared, None for 0, 1, 2, …"""
     errors = position_errors(want, got)
     worst = float(errors.max())
     if worst <= run.budget.allowed:
         return Check(name, True, detail, worst)
     first = int(np.argmax(errors > run.budget.allowed))
+    first = first if positions is None else int(positions[first])
     return Check(name, False, f"{detail}; over budget first at position {first}", worst)
 
 
@@ -179,6 +184,17 @@ def _uneven_pieces(run: _Run) -> Iterator[Check]:
         at += size
     got = np.concatenate(pieces)
     yield _compare(run, "uneven pieces", got, run.truth[0], f"{len(pieces)} feeds of random sizes around {chunk}")
+
+
+def _last_tokens(run: _Run) -> Iterator[Check]:
+    """The row cut at every border; the head sees the last token of each piece, and in most steps none."""
+    run.session.reset()
+    ends = np.array(boundary_lengths(run.session, run.windows))
+    got = np.concatenate(
+        [run.session.forward_last(run.rows[0][first:end]) for first, end in zip([0, *ends], ends, strict=False)]
+    )
+    detail = f"the last token's logits of {len(ends)} feeds that end at the borders"
+    yield _compare(run, "last tokens", got, run.truth[0][ends - 1], detail, ends - 1)
 
 
 def _one_at_a_time(run: _Run) -> Iterator[Check]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from exporter.defaults import QUANTIZED_KINDS
 from exporter.describe import (
     graph_section,
     kv_section,
@@ -23,12 +24,18 @@ from exporter.frontends import Frontend
 from exporter.hashing import large_entries, large_entry, own_entry
 from exporter.placement import IN_THE_BUNDLE, Placement, place
 from exporter.plan import ExportPlan
-from exporter.recipes import TYPES, Recipe, bind_weights, referenced
+from exporter.quantize.decide import decide, is_quantized
+from exporter.quantize.file import QuantizedFile, plan_quantized_file, write_quantized_file
+from exporter.quantize.options import QuantizeOptions
+from exporter.recipes import Recipe, bind_weights, referenced, stored_formats
 from exporter.save import MANIFEST_FILE, write_manifest
 from exporter.unchanged import State, require_unchanged
 from exporter.weights import WEIGHTS_FILE, WeightsFile, plan_file, write_weights
+from graph_passes.lower.formats import TYPES, LinearFormat, Quantized
+from graph_passes.lower.kv import lower_kv
+from graph_passes.lower.linears import lower_linears
 from reference.checkpoint import Checkpoint, some
-from reference.weight_source import WeightSource
+from reference.weights import PackedSource, Source, WeightSource
 from runtime.errors import ExportError
 from runtime.manifest import FP32, SCHEMA_VERSION, STORED
 
@@ -44,27 +51,55 @@ class WeightsPlan:
     """What becomes of the weights: `kind` as in the manifest, and the `file` that they are copied into.
 
     file: None leaves them in the checkpoint's files. sources: of every parameter. files: the checkpoint's with weights.
+    quantized: what the file is, where weights in it are quantised.
     """
 
     kind: str
     file: WeightsFile | None
-    sources: Mapping[str, WeightSource]
+    sources: Mapping[str, Source]
     files: tuple[Path, ...]
+    quantized: QuantizedFile | None = None
 
     @property
     def disk_bytes(self) -> int:
         """What the bundle takes on disk at most."""
         return GRAPH_ALLOWANCE + (0 if self.file is None else self.file.nbytes)
 
+    def formats(self, recipes: Sequence[Recipe]) -> dict[str, LinearFormat]:
+        """How the graph reads each matrix, of which `recipes` make those that are not quantised."""
+        stored = stored_formats(recipes)
+        if self.quantized is None:
+            return stored
+        made: dict[str, LinearFormat] = {
+            name: stored[name]
+            if isinstance(decision, str)
+            else Quantized(decision.bits, decision.block_size, decision.zero_points, decision.scale)
+            for name, decision in self.quantized.decisions.by_parameter.items()
+            if name in stored or not isinstance(decision, str)
+        }
+        return made
 
-def plan_weights(checkpoint: Checkpoint, sources: Mapping[str, WeightSource], weights: str, copy: bool) -> WeightsPlan:
+
+def plan_weights(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Source],
+    weights: str,
+    copy: bool,
+    quantize: QuantizeOptions | None = None,
+) -> WeightsPlan:
     """Decide what becomes of the weights; see `exporter.compile.export`.
 
-    Raises ExportError for stored types that no graph of the bundle's arithmetic can read.
+    quantize: for the quantised kinds. Raises ExportError for stored types that no graph of the bundle's arithmetic can
+    read, and as `exporter.quantize.decide.decide` does.
     """
-    tensors = {piece.tensor: checkpoint.tensors[piece.tensor] for s in sources.values() for piece in s.pieces}
+    names = dict.fromkeys(name for source in sources.values() for name in tensors_of(source))
+    tensors = {name: checkpoint.tensors[name] for name in names}
     files = tuple(sorted({entry.file for entry in tensors.values()}))
-    plain = all(source.is_one_tensor for source in sources.values()) and {e.dtype for e in tensors.values()} == {"F32"}
+    if weights in QUANTIZED_KINDS or (weights == STORED and is_quantized(sources)):
+        planned = plan_quantized_file(decide(checkpoint, sources, quantize))
+        return WeightsPlan(weights, planned.layout, sources, files, planned)
+    plain = all(isinstance(source, WeightSource) and source.is_one_tensor for source in sources.values())
+    plain = plain and {entry.dtype for entry in tensors.values()} == {"F32"}
     if weights == FP32 and (copy or not plain):
         return WeightsPlan(FP32, plan_file(checkpoint, sources, FP32), sources, files)
     unreadable = [f"{name} ({entry.dtype})" for name, entry in tensors.items() if entry.dtype not in TYPES]
@@ -75,6 +110,11 @@ def plan_weights(checkpoint: Checkpoint, sources: Mapping[str, WeightSource], we
             "values that float32 cannot hold."
         )
     return WeightsPlan(STORED, plan_file(checkpoint, sources, STORED) if copy else None, sources, files)
+
+
+def tensors_of(source: Source) -> tuple[str, ...]:
+    """Names of the checkpoint's tensors that the parameter is made of."""
+    return source.tensors if isinstance(source, PackedSource) else tuple(piece.tensor for piece in source.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +139,20 @@ def write_bundle(folder: Path, job: Job, model: ir.Model, fusion: Mapping[str, A
     checkpoint, weights = job.checkpoint, job.weights
     tokenizer = [file.name for file in job.tokenizer]
     placement, recipes = _placed(folder, job, tokenizer)
+    lower_linears(model, weights.formats(recipes))
+    lower_kv(model, job.plan.kv)
     bind_weights(model, recipes)
     write_graph(folder, model, placement.names.values() if weights.file is None else [WEIGHTS_FILE])
     for file in job.tokenizer:
         shutil.copyfile(file, folder / file.name)
     written: dict[str, dict[str, Any]] = {}
     if weights.file is not None:
-        sha256 = write_weights(checkpoint, weights.sources, weights.file, folder / WEIGHTS_FILE, progress)
-        written[WEIGHTS_FILE] = large_entry(folder / WEIGHTS_FILE, sha256)
+        path = folder / WEIGHTS_FILE
+        if weights.quantized is not None:
+            sha256 = write_quantized_file(checkpoint, weights.quantized, path, progress)
+        else:
+            sha256 = write_weights(checkpoint, weights.sources, weights.file, path, progress)
+        written[WEIGHTS_FILE] = large_entry(path, sha256)
     hashed = large_entries(weights.files, hashes=job.hashes, progress=progress)
     files = written or {placement.names[file]: entry for file, entry in hashed.items()}
     manifest = {
@@ -115,7 +161,7 @@ def write_bundle(folder: Path, job: Job, model: ir.Model, fusion: Mapping[str, A
         "model": model_section(job.plan, weights.sources),
         "graph": graph_section(MODEL_FILE),
         "kv": kv_section(job.plan),
-        "weights": weights_section(weights.kind, placement, recipes, files),
+        "weights": weights_section(weights.kind, weights.quantized, placement, recipes, files),
         "tokenizer": tokenizer,
         "files": {name: own_entry(folder / name) for name in (MODEL_FILE, *tokenizer)},
         "provenance": provenance_section(checkpoint, job.tokenizer, hashed, job.frontend, job.options),
@@ -128,9 +174,11 @@ def write_bundle(folder: Path, job: Job, model: ir.Model, fusion: Mapping[str, A
 def _placed(folder: Path, job: Job, tokenizer: Collection[str]) -> tuple[Placement, list[Recipe]]:
     weights = job.weights
     if weights.file is not None:
-        return IN_THE_BUNDLE, weights.file.recipes(weights.sources)
+        return IN_THE_BUNDLE, weights.file.recipes()
+    # Quantised checkpoints have a file: no graph reads their layout.
+    plain = {name: source for name, source in weights.sources.items() if isinstance(source, WeightSource)}
     placement = place(weights.files, folder, taken=[MODEL_FILE, MANIFEST_FILE, *tokenizer])
-    return placement, referenced(job.checkpoint, weights.sources, placement.names)
+    return placement, referenced(job.checkpoint, plain, placement.names)
 
 
 def write_graph(folder: Path, model: ir.Model, locations: Collection[str]) -> None:

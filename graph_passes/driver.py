@@ -27,6 +27,8 @@ def apply(model: ir.Model, rule: Rule, *, proving: bool = True) -> tuple[list[Fu
     """
     fused: list[FusionRecord] = []
     refused: list[RefusalRecord] = []
+    if rule.prepare is not None:
+        rule.prepare(model)
     for anchor in list(model.graph):
         if anchor.graph is None or (anchor.domain, anchor.op_type) not in rule.anchors:
             continue
@@ -45,6 +47,8 @@ def apply_in_step(
     """`apply` on a model that is too large to be run: matched and proved on the twin, carried over, both rewritten."""
     fused: list[FusionRecord] = []
     refused: list[RefusalRecord] = []
+    for each in (twin.small, model) if rule.prepare is not None else ():
+        rule.prepare(each)
     for anchor in list(twin.small.graph):
         if anchor.graph is None or (anchor.domain, anchor.op_type) not in rule.anchors:
             continue
@@ -200,14 +204,14 @@ def _distance(start: ir.Node, end: ir.Node) -> int:
 
 def _declare_body(model: ir.Model, match: Match) -> None:
     """A bundle holds one body for each op; attributes that the body refers to may differ, the body itself may not."""
-    function = match.op.function(match.attributes)
-    present = model.functions.get(function.identifier())
-    if present is not None and _text(present) != _text(function):
-        raise FusionError(
-            f"{match.place}: this node needs another function body of {match.op.name} than an earlier one, and an ONNX "
-            "file holds one. Layers that differ in this way cannot share a file yet."
-        )
-    declare(model, function)
+    for function in match.op.functions(match.attributes):
+        present = model.functions.get(function.identifier())
+        if present is not None and _text(present) != _text(function):
+            raise FusionError(
+                f"{match.place}: this node needs another function body of {function.name} than an earlier one, and an "
+                "ONNX file holds one. Layers that differ in this way cannot share a file yet."
+            )
+        declare(model, function)
 
 
 def _text(function: ir.Function) -> str:

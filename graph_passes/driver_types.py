@@ -78,12 +78,17 @@ class Match:
         for name, value in zip(names, values, strict=True):
             letters, shape = name.rpartition("_")[2], shape_of(value)
             found = source_of(value).name
+            if self.op.rows:
+                shape = shape[-len(letters) :]
             if len(letters) != len(shape):
                 raise Refusal(f"{found!r} has {len(shape)} axes where {name} is needed", self.anchor)
             for letter, extent in zip(letters, shape, strict=True):
                 if extents.setdefault(letter, extent) != extent:
                     reason = f"{letter} is {extent} in {found!r} ({name}) and {extents[letter]} elsewhere"
                     raise Refusal(reason, self.anchor)
+
+        if self.op.rows and shape_of(self.inputs[0])[:-1] != shape_of(self.outputs[0])[:-1]:
+            raise Refusal("the axes before the last are not those of the input", self.anchor)
 
     def _check_pointwise(self) -> None:
         shapes = [shape_of(value) for value in (*self.inputs, *self.outputs)]
@@ -106,12 +111,14 @@ class Rule:
     """A fusion. `match` raises `Refusal` where the anchor does not turn out to be the pattern.
 
     anchors: (domain, op_type) of the nodes that a match can start from.
+    prepare: rewrites the graph by an identity of the standard operators, before anything is matched.
     """
 
     name: str
     op: PluginOp
     anchors: frozenset[tuple[str, str]]
     match: Callable[[ir.Model, ir.Node], Match]
+    prepare: Callable[[ir.Model], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

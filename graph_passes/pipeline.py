@@ -14,7 +14,18 @@ from graph_passes.canonical import canonicalise
 from graph_passes.driver import apply, apply_in_step
 from graph_passes.driver_types import FusionRecord, RefusalRecord, Rule
 from graph_passes.dump import dump
-from graph_passes.fuse import gated_activation, gqa, moe, moe_gate, rolling_kv, rope, sliding_window
+from graph_passes.fuse import (
+    gated_activation,
+    gqa,
+    linear,
+    moe,
+    moe_gate,
+    rms_norm,
+    rolling_attention,
+    rolling_kv,
+    rope,
+    sliding_window,
+)
 from graph_passes.twin import Twin
 from runtime.errors import FusionError
 
@@ -27,6 +38,9 @@ PIPELINE: tuple[tuple[Rule, str], ...] = (
     (moe_gate.RULE, "before the experts, which read its weights and expert numbers"),
     (moe.RULE, "the widest region, once everything in it has its final form"),
     (gated_activation.RULE, "after moe, whose experts hold the same product inside"),
+    (rms_norm.RULE, "needs nothing of the others, and no other walks through a norm after this"),
+    (rolling_attention.RULE, "takes in what rope, rolling_kv and sliding_window have named"),
+    (linear.RULE, "last, since the rules before it recognise products by their standard operators"),
 )
 
 Progress = Callable[[str, int, int], None]

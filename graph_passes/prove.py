@@ -170,5 +170,6 @@ def _alone(match: Match) -> ir.Model:
     nodes.append(match.op.node(fed, match.attributes, outputs))
     graph = ir.Graph(sources, outputs, nodes=nodes, opset_imports={"": OPSET}, name="after")
     model = ir.Model(graph, ir_version=IR_VERSION)
-    declare(model, match.op.function(match.attributes))
+    for function in match.op.functions(match.attributes):
+        declare(model, function)
     return model

@@ -84,11 +84,13 @@ class Attention(nn.Module):
     def place(
         self, query_BHTD: Tensor, key_BGTD: Tensor, position_BT: Tensor, cos_BTd: Tensor, sin_BTd: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys turned by their positions, queries also scaled by them where the model does that."""
-        query_BHTD, key_BGTD = rotate(query_BHTD, cos_BTd, sin_BTd), rotate(key_BGTD, cos_BTd, sin_BTd)
+        """Queries and keys turned by their positions, queries also scaled by them where the model does that.
+
+        Scaling comes first, which is the same since turning is linear, and leaves turning next to attention.
+        """
         if self.query_scaling is not None:
             query_BHTD = query_BHTD * query_factor(position_BT, self.query_scaling, query_BHTD.dtype)
-        return query_BHTD, key_BGTD
+        return rotate(query_BHTD, cos_BTd, sin_BTd), rotate(key_BGTD, cos_BTd, sin_BTd)
 
     def combine(self, heads_BHTD: Tensor) -> Tensor:
         """Heads side by side through the output projection, [N, C]."""

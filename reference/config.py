@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reference.architectures import ARCHITECTURES as TABLE
+from reference.quantization_config import Quantization
 from reference.rope_config import RopeConfig
 from runtime.errors import ConfigError
 
@@ -78,6 +79,7 @@ class ModelConfig:
     qk_norm: queries and keys of each head pass an RMSNorm over D, with norm_eps, before they are rotated.
     query_scaling: factor on rotated queries that grows with the position, or None.
     position_limit: positions from here on are not the same function for every engine, so none may run there; or None.
+    quantization: how the checkpoint packs its matrices; None where all are plain.
     """
 
     architecture: str
@@ -104,6 +106,7 @@ class ModelConfig:
     qk_norm: bool = False
     query_scaling: QueryScaling | None = None
     position_limit: int | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         _require(

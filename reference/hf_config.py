@@ -13,12 +13,14 @@ when the caller asks for the text side only, and the whole is refused otherwise.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from reference.architectures import ARCHITECTURES, WRAPPERS, Architecture, Experts, Wrapper
 from reference.config import DTYPES, MOST, SUPPORTED_ACTIVATIONS, ModelConfig, MoEConfig, QueryScaling
 from reference.config_keys import CONSUMED, CONSUMED_BY_WRAPPERS, NEUTRAL, OF_IMAGES, check_keys, drop_ignored
 from reference.config_reader import ConfigReader
+from reference.quantization_config import KEY, read_quantization
 from reference.rope_config import RopeConfig, read_rope, rope_parameters
 
 _OF_QUERY_SCALING = frozenset({"llama_4_scaling_beta", "max_position_embeddings", "original_max_position_embeddings"})
@@ -79,7 +81,12 @@ def _read_text_side(
     if any(outer.mapping.get(key) is not None for key in ("dtype", "torch_dtype")):
         inherited |= {key: outer.mapping.get(key) for key in ("dtype", "torch_dtype")}
     inherited["tie_word_embeddings"] = _tied(outer, inner, wrapper)
-    return _read(ConfigReader({**inner.mapping, **inherited}, "text_config."), text_kind, row, ignore_keys)
+    if inner.mapping.get(KEY) is not None:
+        inner.refuse(
+            KEY, "a quantised layout is described outside of text_config, where readers look", "Move it there."
+        )
+    config = _read(ConfigReader({**inner.mapping, **inherited}, "text_config."), text_kind, row, ignore_keys)
+    return replace(config, quantization=read_quantization(outer))
 
 
 def _tied(outer: ConfigReader, inner: ConfigReader, wrapper: Wrapper) -> bool:
@@ -142,6 +149,7 @@ def _read(reader: ConfigReader, kind: str, row: Architecture, ignored: Collectio
         qk_norm=row.qk_norm,
         query_scaling=_query_scaling(rope_source, rope) if row.query_scaling else None,
         position_limit=max_position_embeddings if rope.type == "dynamic" else None,
+        quantization=read_quantization(reader),
     )
 
 

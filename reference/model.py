@@ -85,10 +85,10 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def logits(self, x_NC: Tensor, batch: int) -> Tensor:
-        """Logits [B, T, V] of the last layer's hidden states."""
-        logits: Tensor = self.lm_head(self.norm(x_NC)).view(batch, -1, self.config.vocab_size)
-        return logits
+    def logits(self, x_NC: Tensor) -> Tensor:
+        """Logits [N, V] of the last layer's hidden states."""
+        logits_NV: Tensor = self.lm_head(self.norm(x_NC))
+        return logits_NV
 
 
 class Model(Decoder):
@@ -108,4 +108,4 @@ class Model(Decoder):
         cos_BTd, sin_BTd = self.rotary(position_BT, x_NC.dtype)
         for layer in self.layers:
             x_NC = layer(x_NC, position_BT, cos_BTd, sin_BTd)
-        return self.logits(x_NC, B)
+        return self.logits(x_NC).view(B, T, self.config.vocab_size)

@@ -3,7 +3,8 @@
 The same modules as `reference.model`, but keys and values live in rings. It is written in elementary operators on
 purpose; the passes recognise their meaning and turn them into plugin nodes.
 
-Shapes: B rows, T new tokens of each row, S ring slots, H query heads, G key and value heads, D head dim, N = B·T.
+Shapes: B rows, T new tokens of each row, R of them whose logits are asked for, S ring slots, H query heads, G key and
+value heads, D head dim, C hidden size, N = B·T, V vocabulary.
 
 A worked example of the ring, S = 6, one row that holds 8 tokens and receives 3 more, of which the third is padding:
 
@@ -42,6 +43,16 @@ def write_ring(ring_BGSD: Tensor, new_BGTD: Tensor, position_BT: Tensor, valid_B
     slot_BGTD = modulo(position_BT, ring_BGSD.shape[2])[:, None, :, None].expand_as(new_BGTD)
     kept_BGTD = ring_BGSD.gather(2, slot_BGTD)
     return ring_BGSD.scatter(2, slot_BGTD, torch.where(valid_BT[:, None, :, None], new_BGTD, kept_BGTD))
+
+
+def states_at(x_NC: Tensor, position_BR: Tensor) -> Tensor:
+    """Of the hidden states of B rows of T tokens those of token position[b, r] of each row: [B·R, C].
+
+    position_BR: int64, 0 <= t < T. R may be 0.
+    """
+    batch = position_BR.shape[0]
+    row_B1 = torch.arange(batch, device=x_NC.device)[:, None]
+    return x_NC.index_select(0, (row_B1 * (x_NC.shape[0] // batch) + position_BR).view(-1))
 
 
 class RingLayer(DecoderLayer):
@@ -83,9 +94,18 @@ class Step(Decoder):
     layer_class = RingLayer
 
     def forward(
-        self, input_ids_BT: Tensor, start_B: Tensor, count_B: Tensor, rings: list[tuple[Tensor, Tensor]]
+        self,
+        input_ids_BT: Tensor,
+        start_B: Tensor,
+        count_B: Tensor,
+        logit_position_BR: Tensor,
+        rings: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Logits [B, T, V] (meaningless at padding) and the rings, key and value [B, G, S, D] for each layer."""
+        """Logits [B, R, V] and the rings, key and value [B, G, S, D] for each layer.
+
+        logit_position_BR: int64, the tokens t of each row's chunk, 0 <= t < T, whose logits are wanted; those of
+        padding mean nothing. The final norm and the head see no other token.
+        """
         B, T = input_ids_BT.shape
         offset_1T = torch.arange(T, device=input_ids_BT.device)[None]
         position_BT, valid_BT = start_B[:, None] + offset_1T, offset_1T < count_B[:, None]
@@ -97,4 +117,5 @@ class Step(Decoder):
                 x_NC, start_B, count_B, position_BT, valid_BT, cos_BTd, sin_BTd, key_ring, value_ring
             )
             rolled.append((key_ring, value_ring))
-        return self.logits(x_NC, B), rolled
+        R = logit_position_BR.shape[1]
+        return self.logits(states_at(x_NC, logit_position_BR)).view(B, R, self.config.vocab_size), rolled

@@ -53,6 +53,11 @@ class WeightSource:
     pairs_of_head: int | None = None
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of all that it is made of."""
+        return tuple(dict.fromkeys(piece.tensor for piece in self.pieces))
+
+    @property
     def is_one_tensor(self) -> bool:
         """Whether the parameter lies in the checkpoint as it is."""
         return len(self.pieces) == 1 and self.pieces[0].whole and self.pairs_of_head is None

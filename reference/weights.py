@@ -8,20 +8,27 @@ from collections.abc import Collection
 from reference.checkpoint import HUGGING_FACE, Checkpoint, some
 from reference.config import ModelConfig
 from reference.native_weights import NATIVE_LM_HEAD, native_unused_reason
+from reference.packed_binding import Source, is_zero_bias, looks_packed, matrices_of, sources_of
+from reference.packed_layouts import Expected
+from reference.packed_source import PackedSource, load_parameter, read_packed
 from reference.parameters import EMBEDDING, LM_HEAD, parameter_shapes
 from reference.weight_maps import HEADS, weight_map
-from reference.weight_source import Piece, WeightSource, load_parameter
+from reference.weight_source import Piece, WeightSource
 from runtime.errors import CheckpointError
 
 __all__ = [
     "EMBEDDING",
     "LM_HEAD",
+    "PackedSource",
     "Piece",
+    "Source",
     "WEIGHT_DTYPES",
     "WeightSource",
     "bind",
     "load_parameter",
     "parameter_shapes",
+    "read_packed",
+    "reason_unused",
     "unused_reason",
     "weight_map",
 ]
@@ -34,43 +41,55 @@ _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..+")
 _COMPARED_AT_ONCE = 1 << 22
 
 
-def bind(checkpoint: Checkpoint) -> dict[str, WeightSource]:
-    """`weight_map` of a checkpoint, after checking that its tensors are exactly the ones that the model takes.
+def bind(checkpoint: Checkpoint) -> dict[str, Source]:
+    """The source of every parameter, after checking that the tensors are exactly the ones that the model takes.
 
     Raises CheckpointError when tensors are missing, misshapen or of a type that is no plain floating point, when some
-    are neither consumed nor declared unused, and when a model with tied embeddings stores two different ones.
+    are neither consumed nor declared unused, when a model with tied embeddings stores two different ones, and when a
+    quantised checkpoint is packed otherwise than its config says, or than blocks can represent exactly.
     """
     config, tensors, file = checkpoint.config, checkpoint.tensors, checkpoint.config_file.name
-    sources = weight_map(config, tensors, checkpoint.layout)
-    shapes = {piece.tensor: piece.tensor_shape for source in sources.values() for piece in source.pieces}
-    missing = [name for name in shapes if name not in tensors]
+    sources = sources_of(checkpoint)
+    expected = {
+        piece.tensor: Expected(piece.tensor_shape, WEIGHT_DTYPES)
+        for source in sources.values()
+        if isinstance(source, WeightSource)
+        for piece in source.pieces
+    }
+    matrices = matrices_of(sources)
+    for matrix in matrices.values():
+        expected |= matrix.expected(tensors)
+    missing = [name for name in expected if name not in tensors]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {_tensors(missing)} that {config.architecture} with {config.num_layers} layers "
             f"takes. Check that {file} belongs to these weights and that all files were downloaded."
+            f"{looks_packed(checkpoint)}"
         )
-    surplus = [name for name in tensors if name not in shapes and _unused_in(checkpoint, name) is None]
+    surplus = [name for name in tensors if name not in expected and reason_unused(checkpoint, name) is None]
     if surplus:
         raise CheckpointError(
             f"{checkpoint.path} holds {_tensors(surplus)} that {config.architecture} with {config.num_layers} layers "
             f"has no use for, so it was made for another model. Check that {file} belongs to these weights."
         )
     misshapen = [
-        f"{name} is {list(tensors[name].shape)} instead of {list(shape)}"
-        for name, shape in shapes.items()
-        if tensors[name].shape != shape
+        f"{name} is {list(tensors[name].shape)} instead of {list(one.shape)}"
+        for name, one in expected.items()
+        if tensors[name].shape != one.shape
     ]
     if misshapen:
         raise CheckpointError(
             f"{checkpoint.path} has {len(misshapen)} of another shape than {file} says: {some(misshapen, 3)}. "
             f"Check that {file} belongs to these weights."
         )
-    packed = [f"{name} ({tensors[name].dtype})" for name in shapes if tensors[name].dtype not in WEIGHT_DTYPES]
-    if packed:
+    odd = [f"{name} ({tensors[name].dtype})" for name, one in expected.items() if tensors[name].dtype not in one.dtypes]
+    if odd:
         raise CheckpointError(
-            f"{checkpoint.path} holds {_tensors(packed)} of a type that Cierzo does not compute with. "
+            f"{checkpoint.path} holds {_tensors(odd)} of a type that Cierzo does not compute with. "
             "Use the unquantised checkpoint in float32, float16 or bfloat16."
         )
+    for matrix in matrices.values():
+        matrix.check(checkpoint)
     _check_tied_head(checkpoint, sources)
     return sources
 
@@ -91,13 +110,18 @@ def unused_reason(config: ModelConfig, name: str, *, layout: str = HUGGING_FACE,
     return None
 
 
-def _unused_in(checkpoint: Checkpoint, name: str) -> str | None:
+def reason_unused(checkpoint: Checkpoint, name: str) -> str | None:
+    """`unused_reason` of a tensor of an open checkpoint, which may also be a bias that adds nothing."""
+    if is_zero_bias(checkpoint, name):
+        return "it is a bias of zeros, which AutoGPTQ gave to every layer"
     return unused_reason(checkpoint.config, name, layout=checkpoint.layout, text_only=checkpoint.text_only)
 
 
-def _check_tied_head(checkpoint: Checkpoint, sources: dict[str, WeightSource]) -> None:
+def _check_tied_head(checkpoint: Checkpoint, sources: dict[str, Source]) -> None:
     """transformers does not tie when both matrices are stored and differ, so config.json and weights then disagree."""
-    stored = sources[EMBEDDING].pieces[0].tensor
+    embedding = sources[EMBEDDING]
+    assert isinstance(embedding, WeightSource)
+    stored = embedding.pieces[0].tensor
     heads = HEADS if checkpoint.layout == HUGGING_FACE else (NATIVE_LM_HEAD,)
     for name in heads if checkpoint.config.tie_word_embeddings else ():
         if name in checkpoint.tensors and name != stored:

@@ -16,12 +16,13 @@ from typing import Any
 
 from runtime.errors import BundleError
 from runtime.json_files import brief, parse_json_object
+from runtime.manifest_quantization import QUANTIZED_KINDS, QuantizationInfo, parse_quantization
 from runtime.manifest_section import Section
 from runtime.rolling_kv import KV_DTYPES, required_capacity
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 STORED, FP32 = "stored", "fp32"
-WEIGHT_KINDS = (STORED, FP32)
+WEIGHT_KINDS = (STORED, FP32, *QUANTIZED_KINDS)
 COPIED, LINKED, FOLDER = "copied", "linked", "folder"
 PLACEMENTS = (COPIED, LINKED, FOLDER)
 
@@ -52,6 +53,7 @@ class GraphInfo:
     input_ids: str
     start_positions: str
     token_counts: str
+    logit_positions: str
     logits: str
 
 
@@ -95,14 +97,18 @@ class FileInfo:
 class WeightsInfo:
     """Where the weights lie and as what.
 
-    kind: "stored", the types that the checkpoint has, or "fp32", converted. arithmetic: the type that is computed in.
+    kind: "stored", the types that the checkpoint has, "fp32", converted, or "int8" or "int4", quantised. arithmetic: the
+        type that is computed in.
     placement: "copied" into the bundle, checkpoint files "linked" into it, or left in a "folder".
     folder: absolute path of that folder, None for the other placements.
     types: how many tensors the graph reads by stored type, in the spelling of safetensors.
     folded_bytes: what the weights take that an engine makes out of stored ones (cast, stacked or reordered), if it
         makes them when it loads and keeps them.
     folding_bytes: what all steps on the way there give out, which an engine may hold at once while it loads.
+    made_bytes, making_bytes: the same for an engine with native kernels, which read the stored types as they are, so
+        that only stacked and reordered weights are made.
     files: the files that hold weights, by name.
+    quantization: how weights are quantised; None where none are.
     """
 
     kind: str
@@ -112,7 +118,10 @@ class WeightsInfo:
     types: Mapping[str, int]
     folded_bytes: int
     folding_bytes: int
+    made_bytes: int
+    making_bytes: int
     files: Mapping[str, FileInfo]
+    quantization: QuantizationInfo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +160,8 @@ def parse_manifest(content: bytes) -> Manifest:
         )
     if version < SCHEMA_VERSION:
         raise BundleError(
-            f"The bundle was written with manifest schema {version}, which does not say where its weights lie; this "
-            f"Cierzo reads schema {SCHEMA_VERSION}. Export the checkpoint again, which copies no weights any more."
+            f"The bundle was written with manifest schema {version}, whose graphs have other inputs; this Cierzo reads "
+            f"schema {SCHEMA_VERSION}. Export the checkpoint again, which takes seconds and copies no weights."
         )
     manifest = Manifest(
         schema_version=version,
@@ -194,7 +203,7 @@ def _model(section: Section) -> ModelInfo:
 
 
 def _graph(section: Section) -> GraphInfo:
-    names = ("file", "input_ids", "start_positions", "token_counts", "logits")
+    names = ("file", "input_ids", "start_positions", "token_counts", "logit_positions", "logits")
     return GraphInfo(opset=section.integer("opset", minimum=1), **{name: section.string(name) for name in names})
 
 
@@ -226,15 +235,19 @@ def _kv(section: Section) -> KVInfo:
 
 def _weights(section: Section) -> WeightsInfo:
     types = section.section("types")
+    kind, placement = section.one_of("kind", WEIGHT_KINDS), section.one_of("placement", PLACEMENTS)
     return WeightsInfo(
-        kind=section.one_of("kind", WEIGHT_KINDS),
+        kind=kind,
         arithmetic=section.string("arithmetic"),
-        placement=section.one_of("placement", PLACEMENTS),
+        placement=placement,
         folder=section.optional_string("folder"),
         types=MappingProxyType({name: types.integer(name, minimum=1) for name in types.data}),
         folded_bytes=section.integer("folded_bytes", minimum=0),
         folding_bytes=section.integer("folding_bytes", minimum=0),
+        made_bytes=section.integer("made_bytes", minimum=0),
+        making_bytes=section.integer("making_bytes", minimum=0),
         files=_weight_files(section.section("files")),
+        quantization=parse_quantization(section, kind, placement),
     )
 
 

@@ -42,6 +42,16 @@ class Section:
             )
         return value
 
+    def boolean(self, key: str) -> bool:
+        value = self.data.get(key)
+        if not isinstance(value, bool):
+            found = "missing" if key not in self.data else f"{brief(value)}"
+            raise BundleError(
+                f"The manifest's `{self.path}{key}` must be true or false, but it is {found}. "
+                "Export the checkpoint again."
+            )
+        return value
+
     def optional_integer(self, key: str, *, minimum: int) -> int | None:
         if key in self.data and self.data[key] is None:
             return None

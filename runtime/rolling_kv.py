@@ -25,7 +25,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-KV_DTYPES: dict[str, DTypeLike] = {"float32": np.float32, "float16": np.float16}
+KV_DTYPES: dict[str, DTypeLike] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
+INT8 = "int8"
+"""Whole numbers, with a float32 scale for each head of each token in a ring beside: value = number · scale."""
+
+_SCALE_SUFFIX = ".scale"
+
+
+def scale_ring(ring: str) -> str:
+    """The name of the ring of scales beside the int8 ring of that name, such as `past.0.key.scale`."""
+    return ring + _SCALE_SUFFIX
 
 
 def required_capacity(window: int, chunk: int) -> int:
@@ -44,16 +53,25 @@ def position_of_slot(slot: int, last: int, capacity: int) -> int:
 
 
 def kv_bytes(capacities: Iterable[int], *, batch: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
-    """Bytes of all keys and values: 2 · B · G · D · bytes-per-number · (sum of S over the layers)."""
-    return 2 * batch * num_kv_heads * head_dim * np.dtype(KV_DTYPES[dtype]).itemsize * sum(capacities)
+    """Bytes of all keys and values: 2 · B · G · (D · bytes-per-number, and 4 for int8's scale) · (sum of S)."""
+    vector = head_dim * np.dtype(KV_DTYPES[dtype]).itemsize + (4 if dtype == INT8 else 0)
+    return 2 * batch * num_kv_heads * vector * sum(capacities)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerBuffers:
-    """One layer's ring: keys and values, each [B, G, S, D]."""
+    """One layer's ring: keys and values, each [B, G, S, D], and for int8 their scales, each float32 [B, G, S]."""
 
     key_BGSD: NDArray[np.generic]
     value_BGSD: NDArray[np.generic]
+    key_scale_BGS: NDArray[np.float32] | None = None
+    value_scale_BGS: NDArray[np.float32] | None = None
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """All that there is."""
+        every = (self.key_BGSD, self.value_BGSD, self.key_scale_BGS, self.value_scale_BGS)
+        return tuple(array for array in every if array is not None)
 
 
 class RollingKV:
@@ -64,18 +82,21 @@ class RollingKV:
     """
 
     def __init__(self, capacities: Sequence[int], *, batch: int, num_kv_heads: int, head_dim: int, dtype: str) -> None:
-        def buffer(capacity: int) -> NDArray[np.generic]:
-            return np.zeros((batch, num_kv_heads, capacity, head_dim), dtype=KV_DTYPES[dtype])
+        def buffers(capacity: int) -> LayerBuffers:
+            shape = (batch, num_kv_heads, capacity, head_dim)
+            numbers = [np.zeros(shape, dtype=KV_DTYPES[dtype]) for _ in range(2)]
+            scales = [np.zeros(shape[:3], dtype=np.float32) for _ in range(2 if dtype == INT8 else 0)]
+            return LayerBuffers(*numbers, *scales)
 
-        self.layers = tuple(LayerBuffers(buffer(capacity), buffer(capacity)) for capacity in capacities)
+        self.layers = tuple(buffers(capacity) for capacity in capacities)
 
     @property
     def nbytes(self) -> int:
         """Bytes held, equal to `kv_bytes` of the same sizes."""
-        return sum(layer.key_BGSD.nbytes + layer.value_BGSD.nbytes for layer in self.layers)
+        return sum(array.nbytes for layer in self.layers for array in layer.arrays)
 
     def clear(self) -> None:
         """Zero every slot."""
         for layer in self.layers:
-            layer.key_BGSD.fill(0)
-            layer.value_BGSD.fill(0)
+            for array in layer.arrays:
+                array.fill(0)

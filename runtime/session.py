@@ -1,12 +1,13 @@
 """A loaded bundle: feed tokens, read logits, generate.
 
-Letters: B batch rows, T tokens of a feed, V vocabulary, C chunk.
+Letters: B batch rows, T tokens of a feed, R tokens of a step whose logits are asked for, V vocabulary, C chunk.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +17,10 @@ from runtime import generate as generation
 from runtime.backends import open_engine
 from runtime.backends.base import Engine
 from runtime.bundle import Bundle, Progress, read_bundle
-from runtime.chunking import Int64Array, split_into_steps
+from runtime.chunking import Int64Array, Step, all_positions, last_positions, rows_that_end, split_into_steps
 from runtime.errors import ContextError, InputError, SessionError, TokenizerError
 from runtime.manifest import Manifest
+from runtime.profile import StepRun
 from runtime.sampling import BoolArray, SamplingOptions
 from runtime.token_rows import TokenIds, as_rows
 from runtime.tokenizer import Tokenizer, open_tokenizer
@@ -36,6 +38,7 @@ def load(
     verify: bool = False,
     weights_folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Session:
     """Load the bundle in a folder.
 
@@ -43,6 +46,8 @@ def load(
     verify: also compare every file's hash with the manifest; `Session.unverified` names those that have none.
     weights_folder: where the files with weights lie, if not where the manifest says.
     progress: called with (stage, done, total) in bytes while hashes are compared.
+    profile: a folder, where the engine keeps a profile of every node of every step until `Session.end_profile`; this
+        slows every node by about a microsecond. What ONNX Runtime writes there can be opened in Chrome's trace viewer.
 
     Side effect: the first ONNX Runtime session of a process makes the thread that opens it, and threads started from
     it later, flush denormal numbers to zero (float64 below 2.3e-308 becomes 0), for all of Python.
@@ -50,7 +55,8 @@ def load(
     Raises BundleError (see read_bundle) and BackendError (see runtime.backends.open_engine).
     """
     opened = read_bundle(bundle, verify=verify, weights_folder=weights_folder, progress=progress)
-    return Session(opened, open_engine(opened, backend=backend, device=device, threads=threads))
+    folder = None if profile is None else Path(profile)
+    return Session(opened, open_engine(opened, backend=backend, device=device, threads=threads, profile=folder))
 
 
 class Session:
@@ -93,6 +99,16 @@ class Session:
     def notes(self) -> tuple[str, ...]:
         """What makes this session slower than it could be, each a sentence; mostly nothing."""
         return self._engine.notes
+
+    def end_profile(self) -> tuple[StepRun, ...]:
+        """The steps that ran since loading, each with its nodes' times; a profile ends only once.
+
+        Raises SessionError when there is none: it was not asked for at `load`, or it has ended.
+        """
+        steps = self._engine.end_profile()
+        if not steps:
+            raise SessionError("This session has no profile to end. Give load(..., profile=folder), and feed tokens.")
+        return steps
 
     @property
     def kv_bytes(self) -> int:
@@ -148,22 +164,25 @@ class Session:
         rows = self.checked_rows(token_ids)
         width = max(row.size for row in rows)
         logits_BTV = np.full((len(rows), width, self.manifest.model.vocab_size), np.nan, dtype=np.float32)
-        for offset, counts_B, step_logits_BTV in self._feed(rows):
-            for index, count in enumerate(counts_B):
-                first = offset + (width - rows[index].size if padding == "left" else 0)
+        for step, step_logits_BTV in self._feed(rows, all_positions):
+            for index, count in enumerate(step.token_counts_B):
+                first = step.offset + (width - rows[index].size if padding == "left" else 0)
                 logits_BTV[index, first : first + count] = step_logits_BTV[index, :count]
         return logits_BTV
 
     def forward_last(self, token_ids: TokenIds) -> NDArray[np.float32]:
-        """As `forward`, but only the logits after the last token of each row are kept: float32 [B, V].
+        """As `forward`, but only the logits after the last token of each row are computed: float32 [B, V].
 
-        A long prompt's logits would otherwise take T · V · 4 bytes. The logits of a row that idles are NaN.
+        A long prompt's logits would otherwise take T · V · 4 bytes, and 2 · T · C · V operations for hidden size C. The
+        logits of a row that idles are NaN. The head multiplies fewer rows at once than in `forward`, so that logits may
+        differ from it in the last bits.
         """
         rows = self.checked_rows(token_ids)
+        lengths_B = np.array([row.size for row in rows], dtype=np.int64)
         logits_BV = np.full((len(rows), self.manifest.model.vocab_size), np.nan, dtype=np.float32)
-        for _, counts_B, step_logits_BTV in self._feed(rows):
-            for index in np.flatnonzero(counts_B):
-                logits_BV[index] = step_logits_BTV[index, counts_B[index] - 1]
+        for step, step_logits_BRV in self._feed(rows, lambda step: last_positions(step, lengths_B)):
+            for index in np.flatnonzero(rows_that_end(step, lengths_B)):
+                logits_BV[index] = step_logits_BRV[index, 0]
         return logits_BV
 
     def generate(self, prompt_ids: TokenIds, **options: Any) -> Iterator[int]:
@@ -234,16 +253,23 @@ class Session:
                 "on cannot be told apart by rotary embeddings in float32. Call reset() and start a new text."
             )
 
-    def _feed(self, rows: list[Int64Array]) -> Iterator[tuple[int, Int64Array, NDArray[np.float32]]]:
-        """Run the steps of a checked feed; yields (offset, counts [B], logits [B, T, V], valid until the next)."""
+    def _feed(
+        self, rows: list[Int64Array], asked_for: Callable[[Step], Int64Array]
+    ) -> Iterator[tuple[Step, NDArray[np.float32]]]:
+        """Run the steps of a checked feed; yields each with its logits [B, R, V], which are valid until the next.
+
+        asked_for: gives the tokens [B, R] of a step whose logits are computed.
+        """
         self._failed = True  # until the feed is complete, the ring holds part of it
         self._revision += 1
         if len(rows) != self.batch:
             self._engine.allocate(len(rows))
             self._start_over(len(rows))
         for step in split_into_steps(rows, self._position_B.copy(), self.manifest.kv.chunk):
-            logits_BTV = self._engine.step(step.input_ids_BT, step.start_positions_B, step.token_counts_B)
-            yield step.offset, step.token_counts_B, logits_BTV
+            yield (
+                step,
+                self._engine.step(step.input_ids_BT, step.start_positions_B, step.token_counts_B, asked_for(step)),
+            )
         for index, row in enumerate(rows):
             self._position_B[index] += row.size
             self._seen_BV[index, row] = True

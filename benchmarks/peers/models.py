@@ -1,4 +1,4 @@
-"""The models that every engine runs: random weights in the Hugging Face layout, with a tokenizer that converters ask for.
+"""The models that every engine runs: random weights in the Hugging Face layout, with a tokenizer for the converters.
 
 `config.json` says `sliding_window` and nothing else about windows, as Mistral's own checkpoints do.
 """

@@ -4,7 +4,7 @@ A graph is cut at every value that the golden graph has too. What was an inner v
 of one node reaches the next: a node that is off here is off because of itself, its attributes or its weights. Rings
 are values like all others, and so a write into the wrong slot is seen in the step that makes it.
 
-Letters: B rows, T tokens of a step.
+Letters: B rows, T tokens of a step, R of them whose logits are asked for: here all.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class LocalComparison:
 
     def _parts(self, names: Sequence[str], shared: Mapping[str, str]) -> Iterator[list[str]]:
         """Names in consecutive parts whose arrays of the widest step fit into HELD_BYTES."""
-        extents = {"B": len(self._steps[0].token_counts_B), "T": max(s.input_ids_BT.shape[1] for s in self._steps)}
+        widest = max(step.input_ids_BT.shape[1] for step in self._steps)
+        extents = {"B": len(self._steps[0].token_counts_B), "T": widest, "R": widest}
         part: list[str] = []
         held = 0
         for name in names:
@@ -202,7 +203,8 @@ def _real_tokens(symbolic: ir.Shape | None, shape: tuple[int, ...], step: Step) 
     valid_BT = np.arange(T)[None] < step.token_counts_B[:, None]
     if valid_BT.all() or symbolic is None:
         return None
-    names = [str(dim if isinstance(dim, int) else dim.value) for dim in symbolic]
+    # All tokens' logits are asked for, in order, so that R is T.
+    names = [str(dim if isinstance(dim, int) else dim.value).replace("R", "T") for dim in symbolic]
     for flat in ("B*T", "T*B"):
         if flat in names:
             place = [1] * len(shape)

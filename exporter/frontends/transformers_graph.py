@@ -3,7 +3,7 @@
 Three things differ from the reference's graph and are settled here, each exactly: names of parameters and scopes, the
 experts' first two matrices in one tensor, and matrix products with three axes on the left.
 
-Shapes: B rows, T tokens, N = B·T, C hidden size, I rows of a weight, E experts.
+Shapes: B rows, T tokens, R of them whose logits are asked for, N = B·T, C hidden size, I rows of a weight, E experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import numpy as np
 import onnx_ir as ir
 
-from exporter.trace import INPUT_IDS, INVERSE_FREQUENCIES
+from exporter.trace import INPUT_IDS, INVERSE_FREQUENCIES, LOGIT_POSITIONS
 from graph_passes.graph import (
     Dim,
     dims,
@@ -32,7 +32,9 @@ from runtime.errors import TraceError
 _DECODER = "decoder"
 """The name of the traced model within `exporter.frontends.transformers_step.TransformersStep`."""
 
-_N = "B*T"
+_FLAT = {("B", "T"): ("B*T", INPUT_IDS), ("B", "R"): ("B*R", LOGIT_POSITIONS)}
+"""The two leading axes of a product's left side: what they are as one, and the graph's input of that shape."""
+
 _SCOPES, _CLASSES = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy"
 
 _RENAMED = (
@@ -95,34 +97,37 @@ def split_gate_and_up(model: ir.Model) -> None:
 
 
 def flatten_products(model: ir.Model) -> None:
-    """Write each product [B, T, C] · Wᵀ as Gemm on [N, C] with N = B·T, between two Reshapes.
+    """Write each product [B, T, C] · Wᵀ as Gemm on [N, C] with N = B·T, between two Reshapes; the head's with R for T.
 
     Both are the same sums, but Gemm reads W [I, C] as it lies in the weights file, while for MatMul ONNX Runtime turns
     it round when it loads the graph: a private copy of every weight. Raises TraceError for a product with a weight
-    whose left side is not [B, T, C].
+    whose left side is neither [B, T, C] nor [B, R, C].
     """
-    input_ids = next(value for value in model.graph.inputs if value.name == INPUT_IDS)
+    inputs = {str(value.name): value for value in model.graph.inputs}
     flat: dict[ir.Value, ir.Value] = {}
     for product in list(model.graph):
         weight = _transposed_weight(product)
         if weight is None:
             continue
         x, out, name = operand(product, 0), product.outputs[0], str(product.outputs[0].name)
-        if dims(x)[:-1] != ("B", "T"):
+        leading = dims(x)[:-1]
+        if leading not in _FLAT:
             raise TraceError(f"{weight.name} multiplies {x.name!r} of shape {x.shape}, where [B, T, C] is expected.")
+        flat_rows, of_that_shape = _FLAT[leading]
         rows, inner = static_dim(weight, 0), static_dim(weight, 1)
         made = []
         if x not in flat:
             rows_first = _constant(model, f"{x.name}_rows", -1, inner)
-            flat[x] = _node("Reshape", [x, rows_first], f"{x.name}_flat", (_N, inner), product)
+            flat[x] = _node("Reshape", [x, rows_first], f"{x.name}_flat", (flat_rows, inner), product)
             made.append(flat[x])
-        gemm = _node("Gemm", [flat[x], weight], f"{name}_flat", (_N, rows), product, transB=1)
-        batch_and_tokens = _node("Shape", [input_ids], f"{name}_extents", (2,), product)
+        gemm = _node("Gemm", [flat[x], weight], f"{name}_flat", (flat_rows, rows), product, transB=1)
+        extents = _node("Shape", [inputs[of_that_shape]], f"{name}_extents", (2,), product)
         width = _constant(model, f"{name}_width", rows)
-        shape = _node("Concat", [batch_and_tokens, width], f"{name}_shape", (3,), product, axis=0)
+        shape = _node("Concat", [extents, width], f"{name}_shape", (3,), product, axis=0)
         out.name = f"{name}_by_matmul"
-        back = _node("Reshape", [gemm, shape], name, ("B", "T", rows), product)
-        made += [gemm, batch_and_tokens, shape, back]
+        # An R of 0 is an extent like any other, and not the sign for "as in the input".
+        back = _node("Reshape", [gemm, shape], name, (*leading, rows), product, allowzero=1)
+        made += [gemm, extents, shape, back]
         model.graph.insert_before(product, [_maker(value) for value in made])
         ir.convenience.replace_all_uses_with(out, back, replace_graph_outputs=True)
         model.graph.remove(product, safe=True)

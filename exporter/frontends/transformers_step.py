@@ -1,10 +1,12 @@
 """One step of the rolling engine with a decoder of `transformers` inside, which is left as it is.
 
 The decoder takes three things from its caller: positions, a mask, and a cache object. Ours are those of the reference:
-absolute positions, the pairs that `reference.attention` makes visible, and rings that `reference.step` writes. Nothing
-here imports `transformers`.
+absolute positions, the pairs that `reference.attention` makes visible, and rings that `reference.step` writes. What it
+has no word for is which tokens of each row are asked for, and so its final norm is handed those only, as in the
+reference. Nothing here imports `transformers`.
 
-Shapes: B rows, T new tokens of each row, S ring slots, G key and value heads, D head dim, V vocabulary.
+Shapes: B rows, T new tokens of each row, R of them whose logits are asked for, S ring slots, G key and value heads,
+D head dim, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from reference.attention import visible_pairs
-from reference.step import slot_positions, write_ring
+from reference.step import slot_positions, states_at, write_ring
 
 Rings = list[tuple[Tensor, Tensor]]
+_FINAL_NORM = "model.norm"
+"""Path of the decoder's last module before its head."""
 
 
 class RingCache:
@@ -61,9 +65,14 @@ class TransformersStep(nn.Module):
         self._layer_types = tuple(layer_types) if layer_types is not None else None
 
     def forward(
-        self, input_ids_BT: Tensor, start_B: Tensor, count_B: Tensor, rings: list[tuple[Tensor, Tensor]]
+        self,
+        input_ids_BT: Tensor,
+        start_B: Tensor,
+        count_B: Tensor,
+        logit_position_BR: Tensor,
+        rings: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Logits [B, T, V] (meaningless at padding) and the rings, key and value [B, G, S, D] for each layer."""
+        """Logits [B, R, V] and the rings, key and value [B, G, S, D] for each layer; see `reference.step.Step`."""
         offset_1T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
         position_BT, valid_BT = start_B[:, None] + offset_1T, offset_1T < count_B[:, None]
         masks = []
@@ -71,13 +80,25 @@ class TransformersStep(nn.Module):
             held_BS = slot_positions(start_B, count_B, key_ring.shape[2])
             masks.append(self._mask(visible_pairs(position_BT, held_BS, window)))
         cache: Any = RingCache(rings, position_BT, valid_BT)
-        output = self.decoder(
-            input_ids=input_ids_BT,
-            attention_mask=masks[0] if self._layer_types is None else dict(zip(self._layer_types, masks, strict=True)),
-            position_ids=position_BT,
-            past_key_values=cache,
-            use_cache=True,
-        )
+
+        def asked_for(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x_BTC = inputs[0]
+            B, R = logit_position_BR.shape
+            return (states_at(x_BTC.flatten(0, 1), logit_position_BR).view(B, R, x_BTC.shape[2]), *inputs[1:])
+
+        hook = self.decoder.get_submodule(_FINAL_NORM).register_forward_pre_hook(asked_for)
+        try:
+            output = self.decoder(
+                input_ids=input_ids_BT,
+                attention_mask=masks[0]
+                if self._layer_types is None
+                else dict(zip(self._layer_types, masks, strict=True)),
+                position_ids=position_BT,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            hook.remove()
         return output.logits, cache.rings
 
     def _mask(self, visible_B1TS: Tensor) -> Tensor:

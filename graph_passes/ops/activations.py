@@ -43,9 +43,12 @@ ACTIVATIONS = {
 """Statements that make `active` from `gate`, by the value of a node's attribute `activation`."""
 
 
-def activation_body(name: str, gate: str, active: str) -> str:
-    """The statements of the activation, with the two values named as the body around them needs."""
-    text = ACTIVATIONS[name].strip()
+def activation_body(name: str, gate: str, active: str, suffix: str = "") -> str:
+    """The statements of the activation, with the two values named as the body around them needs.
+
+    suffix: put behind the names in between, for a body that has the activation more than once.
+    """
+    text = re.sub(r"\b(gate_\w+|slope\w*)\b", rf"\g<1>{suffix}", ACTIVATIONS[name].strip())
     for old, new in (("gate", gate), ("active", active)):
         text = re.sub(rf"\b{old}\b", new, text)
     return text

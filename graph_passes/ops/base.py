@@ -7,7 +7,7 @@ where none is registered the body runs, and so every bundle runs on any ONNX run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ class PluginOp:
     examples: tuples of input arrays on which two implementations must agree; they sit on the op's boundaries, and
         they may be smaller than the shapes of the node to be proved where the op does not care about a size.
     pointwise: inputs and outputs all have one shape, of any rank; their names then carry no shape.
+    rows: the op works on the last axes, which the names carry, of values with any axes before them.
+    calls: plugin ops whose function bodies this one's body calls.
+    imports: operator sets besides the standard one that the body needs, name to version.
+    optional: how many of the last inputs may be left out.
     """
 
     name: str
@@ -47,12 +51,18 @@ class PluginOp:
     body: Callable[[Attributes], str]
     examples: Examples
     pointwise: bool = False
+    rows: bool = False
+    calls: tuple[PluginOp, ...] = ()
+    imports: Mapping[str, int] = field(default_factory=dict)
+    optional: int = 0
 
     def function(self, attributes: Attributes) -> ir.Function:
         """The function body for these attributes, opset 24."""
         declared = ", ".join(f"{name}: {kind}" for name, kind in self.attributes.items())
+        sets = {"": OPSET, **({DOMAIN: VERSION} if self.calls else {}), **self.imports}
+        imported = ", ".join(f'"{name}" : {version}' for name, version in sets.items())
         text = (
-            f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+            f'<domain: "{DOMAIN}", opset_import: [{imported}]>\n'
             f"{self.name} {f'<{declared}>' if declared else ''} "
             f"({', '.join(self.inputs)}) => ({', '.join(self.outputs)})\n"
             f"{{\n{self.body(attributes)}\n}}\n"
@@ -60,7 +70,13 @@ class PluginOp:
         proto: onnx.FunctionProto = onnx.parser.parse_function(text)
         return ir.serde.deserialize_function(proto)
 
-    def node(self, inputs: Sequence[ir.Value], attributes: Attributes, outputs: Sequence[ir.Value]) -> ir.Node:
+    def functions(self, attributes: Attributes) -> Iterator[ir.Function]:
+        """The function body and those that it calls, each once or more."""
+        yield self.function(attributes)
+        for op in self.calls:
+            yield from op.functions(attributes)
+
+    def node(self, inputs: Sequence[ir.Value | None], attributes: Attributes, outputs: Sequence[ir.Value]) -> ir.Node:
         """A node of this op, marked so that TensorRT's parser looks for a plugin before it inlines the body."""
         marks = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
         return ir.node(self.name, inputs, {**attributes, **marks}, domain=DOMAIN, outputs=outputs)
@@ -69,6 +85,10 @@ class PluginOp:
 def declare(model: ir.Model, function: ir.Function) -> None:
     """Carry `function` in `model`; an equal one may already be there."""
     model.functions[function.identifier()] = function
+    for domain, version in function.opset_imports.items():
+        if domain != "":
+            model.opset_imports[domain] = version
+            model.graph.opset_imports[domain] = version
     model.opset_imports[DOMAIN] = VERSION
     model.graph.opset_imports[DOMAIN] = VERSION
 

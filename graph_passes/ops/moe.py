@@ -33,9 +33,12 @@ def _body(attributes: Attributes) -> str:
     weight_NE = ScatterElements <axis = 1> (nothing_NE, expert_NK, weight_NK)
     weight_EN = Transpose <perm = [1, 0]> (weight_NE)
     weight_EN1 = Unsqueeze (weight_EN, axis_2)
-    gate_ECI = Transpose <perm = [0, 2, 1]> (gate_EIC)
-    up_ECI = Transpose <perm = [0, 2, 1]> (up_EIC)
-    down_EIC = Transpose <perm = [0, 2, 1]> (down_ECI)
+    gate_wide = CastLike (gate_EIC, x_NC)
+    up_wide = CastLike (up_EIC, x_NC)
+    down_wide = CastLike (down_ECI, x_NC)
+    gate_ECI = Transpose <perm = [0, 2, 1]> (gate_wide)
+    up_ECI = Transpose <perm = [0, 2, 1]> (up_wide)
+    down_EIC = Transpose <perm = [0, 2, 1]> (down_wide)
     gate_ENI = MatMul (x_NC, gate_ECI)
     up_ENI = MatMul (x_NC, up_ECI)
     {activation_body(str(attributes["activation"]), "gate_ENI", "active_ENI")}
@@ -80,7 +83,8 @@ MIXTURE_OF_EXPERTS = PluginOp(
     body=_body,
     examples=_examples,
 )
-"""x [N, C], weight [N, K], expert int64 [N, K] (distinct within a token), gate and up [E, I, C], down [E, C, I].
+"""x [N, C], weight [N, K], both float32; expert int64 [N, K] (distinct within a token); gate and up [E, I, C], down
+[E, C, I], all float32, float16 or bfloat16.
 
 y[n] = Σ_k weight[n, k] · down_e(act(gate_e(x[n])) · up_e(x[n])) with e = expert[n, k]. The weights need not sum to one.
 """

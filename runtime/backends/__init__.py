@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import cast
 
 from runtime.backends.base import Backend, Capabilities, Engine
@@ -18,8 +19,12 @@ BACKENDS: dict[str, str] = {
 DEFAULT_BACKEND = next(iter(BACKENDS))
 
 
-def open_engine(bundle: Bundle, *, backend: str | None, device: str | None, threads: int | None) -> Engine:
+def open_engine(
+    bundle: Bundle, *, backend: str | None, device: str | None, threads: int | None, profile: Path | None = None
+) -> Engine:
     """Open `bundle` with the backend and device named (None: the default one, the backend's first device).
+
+    profile: a folder, where the backend keeps a profile of all steps until `Engine.end_profile`.
 
     Raises BackendError, naming what is available, for an unknown backend or device, for a backend whose library is
     not installed, and for a bundle that the backend cannot run exactly.
@@ -33,7 +38,8 @@ def open_engine(bundle: Bundle, *, backend: str | None, device: str | None, thre
         raise BackendError(f"The backend {name} cannot be used, install what it needs: {error}.") from error
     if threads is not None and (type(threads) is not int or threads < 1):
         raise BackendError(f"`threads` must be a positive integer or None (one per physical core), not {threads!r}.")
-    return module.open_engine(bundle, device=_supported_device(module.CAPABILITIES, bundle, device), threads=threads)
+    chosen = _supported_device(module.CAPABILITIES, bundle, device)
+    return module.open_engine(bundle, device=chosen, threads=threads, profile=profile)
 
 
 def _supported_device(capabilities: Capabilities, bundle: Bundle, device: str | None) -> str:

@@ -6,6 +6,7 @@ Adding one takes a file in this folder and a line in the table of `runtime/backe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
 from runtime.chunking import Int64Array
+from runtime.profile import StepRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,10 @@ class Engine(Protocol):
         """What makes this engine slower than it could be, each a sentence for a person; mostly nothing."""
         ...
 
+    def end_profile(self) -> tuple[StepRun, ...]:
+        """End the profile that the engine was opened with; all steps so far, none if there was no profile."""
+        ...
+
     def allocate(self, batch: int) -> None:
         """Replace the KV buffers by zeroed ones for `batch` rows."""
         ...
@@ -56,8 +62,18 @@ class Engine(Protocol):
         """Zero the KV buffers."""
         ...
 
-    def step(self, input_ids: Int64Array, start_positions: Int64Array, token_counts: Int64Array) -> NDArray[np.float32]:
-        """Feed int64 [B, T], [B], [B]; return float32 logits [B, T, V], valid until the next step."""
+    def step(
+        self,
+        input_ids: Int64Array,
+        start_positions: Int64Array,
+        token_counts: Int64Array,
+        logit_positions: Int64Array,
+    ) -> NDArray[np.float32]:
+        """Feed int64 [B, T], [B], [B], [B, R]; return float32 logits [B, R, V], valid until the next step.
+
+        logit_positions: for each row the tokens t of the chunk, 0 <= t < T, whose logits are wanted. R may be 0: then
+        the step only rolls the buffers on. R <= T.
+        """
         ...
 
 
@@ -66,6 +82,6 @@ class Backend(Protocol):
 
     CAPABILITIES: Capabilities
 
-    def open_engine(self, bundle: Bundle, *, device: str, threads: int | None) -> Engine:
-        """Load `bundle` on `device` with buffers for one row."""
+    def open_engine(self, bundle: Bundle, *, device: str, threads: int | None, profile: Path | None) -> Engine:
+        """Load `bundle` on `device` with buffers for one row. profile: a folder for a profile of all steps, or None."""
         ...

@@ -110,7 +110,7 @@ def test_the_template_has_the_form_that_the_later_stages_know(settings: dict[str
     assert all(value.is_initializer() and value.name == name for name, value in model.graph.initializers.items())
 
     dims = {str(d) for node in model.graph for v in node.outputs for d in v.shape or () if not isinstance(d, int)}
-    assert dims - {"2*B*T"} == {"B", "T", "B*T", "S0"}
+    assert dims - {"2*B*T"} == {"B", "T", "B*T", "R", "B*R", "S0"}
 
     parents = {name.rpartition(".")[0] for name in weights if name.endswith(".weight")}
     assert parents <= scopes_of(model)

@@ -65,7 +65,7 @@ def write_bundle(folder: Path, windows: tuple[int | None, ...] = (4, None), **ch
         },
         "graph": {
             "file": "model.onnx", "opset": 24, "input_ids": "input_ids", "start_positions": "start_positions",
-            "token_counts": "token_counts", "logits": "logits",
+            "token_counts": "token_counts", "logit_positions": "logit_positions", "logits": "logits",
         },
         "kv": {
             "dtype": "float32", "chunk": 3, "max_batch": 5, "context": 20 if None in windows else None,
@@ -81,7 +81,7 @@ def write_bundle(folder: Path, windows: tuple[int | None, ...] = (4, None), **ch
         },
         "weights": {
             "kind": "stored", "arithmetic": "float32", "placement": "linked", "folder": None, "types": {"BF16": 19},
-            "folded_bytes": 2048, "folding_bytes": 512,
+            "folded_bytes": 2048, "folding_bytes": 512, "made_bytes": 0, "making_bytes": 0,
             "files": {"weights.safetensors": entries.pop("weights.safetensors")},
         },
         "tokenizer": ["tokenizer.json"],

@@ -167,7 +167,7 @@ def test_a_file_of_the_bundles_own(tmp_path: Path, kind: str) -> None:
     planned = plan_file(opened, sources, kind)
     write_weights(opened, sources, planned, tmp_path / WEIGHTS_FILE)
     model = graph_with({name: source.shape for name, source in sources.items()})
-    recipes = planned.recipes(sources)
+    recipes = planned.recipes()
     bind_weights(model, recipes)
     assert sum(PARAMETER in node.metadata_props for node in model.graph) == (21 if kind == "stored" else 0)
     assert sum(recipe.folded_bytes for recipe in recipes) == (

@@ -57,7 +57,8 @@ def test_inputs_outputs_and_weights_are_those_of_all_layers(name: str) -> None:
         model, report = build_graph(plan, prove=False)
     layers = range(plan.config.num_layers)
     rings = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
-    inputs = ["input_ids", "start_positions", "token_counts", *(f"past.{ring}" for ring in rings)]
+    steps = ["input_ids", "start_positions", "token_counts", "logit_positions"]
+    inputs = [*steps, *(f"past.{ring}" for ring in rings)]
     assert [value.name for value in model.graph.inputs] == inputs
     assert [value.name for value in model.graph.outputs] == ["logits", *(f"present.{ring}" for ring in rings)]
     weights = {
@@ -67,7 +68,7 @@ def test_inputs_outputs_and_weights_are_those_of_all_layers(name: str) -> None:
     }
     assert weights == parameter_shapes(plan.config)
     sizes = [plan.capacity(kind) for kind in plan.kind_of_layer for _ in ("key", "value")]
-    for values in (model.graph.inputs[3:], model.graph.outputs[1:]):
+    for values in (model.graph.inputs[len(steps) :], model.graph.outputs[1:]):
         shapes = [value.shape for value in values]
         assert [None if shape is None else shape[2] for shape in shapes] == sizes
     assert report.counts["sliding_window"] == len(plan.kinds), "the passes run on the template, whatever L is"
@@ -91,7 +92,8 @@ def test_angles_and_shapes_are_computed_once_for_all_layers() -> None:
             counts[name] = (len(model.graph), sum(node.op_type in ("Cos", "Sin", "Range") for node in model.graph))
     per_layer = counts["two"][0] - counts["one"][0]
     assert counts["five"][0] - counts["two"][0] == 3 * per_layer
-    assert {cos_sin_range for _, cos_sin_range in counts.values()} == {3}
+    once = 1 + 1 + 2  # Cos, Sin, and a Range each for the tokens and for the rows whose logits are asked for
+    assert {cos_sin_range for _, cos_sin_range in counts.values()} == {once}
 
 
 def fused_template(plan: ExportPlan) -> ir.Model:

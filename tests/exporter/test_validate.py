@@ -78,7 +78,7 @@ def test_the_right_bundle_passes(report: ValidationReport) -> None:
     names = [check.name for check in report.checks]
     # W = 5, C = 4: W − 1, W, W + 1, 2W + 1, 3W + C
     assert {f"prompt of {n}" for n in (4, 5, 6, 11, 19)} <= set(names)
-    assert {"uneven pieces", "one at a time", "ragged batch, row 2", "receptive field", "KV memory"} <= set(names)
+    assert {"uneven pieces", "last tokens", "one at a time", "ragged batch, row 2", "receptive field", "KV memory"} <= set(names)
     assert len(report.position_errors) == 19
 
 

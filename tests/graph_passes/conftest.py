@@ -56,6 +56,7 @@ class Template:
             "input_ids": rng.integers(0, config.vocab_size, (3, TOKENS)),
             "start_positions": np.array([0, 3, 29], np.int64),
             "token_counts": np.array([4, 2, 4], np.int64),
+            "logit_positions": np.tile(np.arange(TOKENS), (3, 1)),
         }
         for kind, window in enumerate(self.plan.kinds):
             shape = (3, config.num_kv_heads, sizes[window], config.head_dim)

@@ -42,6 +42,7 @@ def main(model: str, chunk: int, tokens_file: str, logits_file: str) -> None:
             "input_ids": ids,
             "start_positions": np.full(batch, start, np.int64),
             "token_counts": np.full(batch, ids.shape[1], np.int64),
+            "logit_positions": np.tile(np.arange(ids.shape[1]), (batch, 1)),
         }
         outputs = dict(zip(names, session.run(None, feeds | rings), strict=True))
         rings = {name: outputs[name.replace("past.", "present.")] for name in rings}

@@ -105,6 +105,7 @@ def test_the_traced_graph_is_the_model_that_was_traced(name: str, attention: str
         for row, (start, count) in enumerate(zip(start_B, count_B, strict=True)):
             step_BT[row, :count] = ids_BT[row, start : start + count]
         feeds = {"input_ids": step_BT, "start_positions": start_B, "token_counts": count_B, **rings}
+        feeds["logit_positions"] = np.tile(np.arange(CHUNK), (2, 1))
         outputs = run(graph, feeds)
         for row, (start, count) in enumerate(zip(start_B, count_B, strict=True)):
             logits[row, start : start + count] = outputs["logits"][row, :count]

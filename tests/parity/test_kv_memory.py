@@ -81,7 +81,7 @@ def test_rings_hold_what_the_traced_step_says_also_at_far_positions() -> None:
     for step in range(12):
         count_B = np.array([3, (0, 1, 2)[step % 3], 1])
         valid = np.arange(3) < count_B[:, None]
-        inputs = (rng.integers(0, vocab_size, (3, 3)), start_B, count_B)
+        inputs = (rng.integers(0, vocab_size, (3, 3)), start_B, count_B, np.tile(np.arange(3), (3, 1)))
         logits = engine.step(*inputs)
         rings = [b for layer in engine.kv.layers for b in (layer.key_BGSD, layer.value_BGSD)]
         true_logits, true_rings = truth.run(*inputs)
@@ -98,11 +98,11 @@ def test_padding_and_idle_rows_leave_every_bit_of_the_rings() -> None:
     case = exported(chunk=3)
     engine = engine_of(case.session())
     engine.allocate(2)
-    tokens = np.array([[7, 8, 9], [10, 11, 12]])
+    tokens, nothing = np.array([[7, 8, 9], [10, 11, 12]]), np.zeros((2, 0), np.int64)
     for start in range(0, 12, 3):
-        engine.step(tokens, np.array([start, start]), np.array([3, 3]))
+        engine.step(tokens, np.array([start, start]), np.array([3, 3]), nothing)
     before = [(layer.key_BGSD.copy(), layer.value_BGSD.copy()) for layer in engine.kv.layers]
-    engine.step(tokens, np.array([12, 12]), np.array([1, 0]))
+    engine.step(tokens, np.array([12, 12]), np.array([1, 0]), nothing)
     for layer, (key, value) in zip(engine.kv.layers, before, strict=True):
         for now, then in ((layer.key_BGSD, key), (layer.value_BGSD, value)):
             changed = np.flatnonzero((now[0] != then[0]).any(axis=(0, 2)))

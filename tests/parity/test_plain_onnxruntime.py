@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from exporter.write import MODEL_FILE
@@ -39,6 +41,20 @@ def test_plain_onnxruntime_computes_the_logits(name: str, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     truth, allowed = judge.truth_and_budget(rows)
     assert largest_error(truth, list(np.load(tmp_path / "logits.npy"))) <= allowed.allowed
+
+
+def test_the_example_of_the_bundle_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/bundle.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    case = exported(chunk=4)
+    monkeypatch.chdir(case.bundle)
+    prompt = random_rows([11], case.opened().config.vocab_size, seed=3)[0]
+    names: dict[str, Any] = {"onnxruntime": onnxruntime, "np": np, "prompt": prompt, "chunk": 4}
+    exec(example, names)
+    assert names["logits"].shape == (1, 1, case.opened().config.vocab_size)
+    truth, allowed = Judge(case).truth_and_budget([prompt])
+    assert largest_error([truth[0][-1:]], [names["logits"][0]]) <= allowed.allowed
+    assert names["next_id"] == case.session().forward_last([prompt])[0].argmax()
 
 
 def test_the_program_really_is_without_cierzo(tmp_path: Path) -> None:

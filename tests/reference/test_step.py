@@ -54,7 +54,8 @@ def run(step: Step, ids: Tensor, slots: list[int], chunk: int, seed: int) -> Ten
         padded = torch.full((batch, chunk), 63)
         for row in range(batch):
             padded[row, : count[row]] = ids[row, start[row] : start[row] + count[row]]
-        out, rings = step(padded, torch.from_numpy(start), torch.from_numpy(count), rings)
+        every = torch.arange(chunk).expand(batch, chunk)
+        out, rings = step(padded, torch.from_numpy(start), torch.from_numpy(count), every, rings)
         for row in range(batch):
             logits[row, start[row] : start[row] + count[row]] = out[row, : count[row]]
         start = start + count
@@ -107,7 +108,8 @@ def test_padding_and_idle_rows_leave_every_bit_of_the_rings() -> None:
     ]
     kept = [(key.clone(), value.clone()) for key, value in before]
     start, count = torch.tensor([12, 20, 6]), torch.tensor([1, 0, 3])
-    _, after = step(torch.full((3, 3), 9), start, count, before)
+    none, after = step(torch.full((3, 3), 9), start, count, torch.zeros((3, 0), dtype=torch.int64), before)
+    assert none.shape == (3, 0, step.config.vocab_size)
     written = {0: [5], 1: [], 2: [0, 1, 6]}
     for now, then, untouched in zip(after, before, kept, strict=True):
         for ring, old, same in zip(now, then, untouched, strict=True):
@@ -115,6 +117,21 @@ def test_padding_and_idle_rows_leave_every_bit_of_the_rings() -> None:
             for row, slots in written.items():
                 changed = (ring[row] != old[row]).any(dim=2).any(dim=0)
                 assert torch.nonzero(changed)[:, 0].tolist() == slots
+
+
+def test_logits_are_those_of_the_tokens_asked_for() -> None:
+    _, step = both({})
+    ids = torch.randint(0, 64, (2, 4), generator=torch.Generator().manual_seed(1))
+    start, count, rings = torch.tensor([0, 0]), torch.tensor([4, 3]), empty_rings(step, [8, 8], 2)
+    every, rolled = step(ids, start, count, torch.arange(4).expand(2, 4), rings)
+    for asked in ([[3], [2]], [[2, 0], [1, 1]], [[0, 1, 2, 3, 3], [0, 2, 0, 2, 0]], [[], []]):
+        position = torch.tensor(asked, dtype=torch.int64)
+        some, same = step(ids, start, count, position, rings)
+        index = position[:, :, None].expand(*position.shape, step.config.vocab_size)
+        assert torch.allclose(some, every.gather(1, index), rtol=0, atol=1e-13)
+        for ours, theirs in zip(same, rolled, strict=True):
+            assert torch.equal(ours[0], theirs[0])
+            assert torch.equal(ours[1], theirs[1])
 
 
 def test_the_worked_example_of_the_file() -> None:

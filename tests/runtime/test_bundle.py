@@ -36,7 +36,7 @@ def test_a_good_bundle_is_read(folder: Path) -> None:
 
 def test_unknown_keys_are_ignored(folder: Path) -> None:
     damage(folder, lambda manifest: manifest["model"].update(invented_later=1))
-    assert read_bundle(folder).manifest.schema_version == 2
+    assert read_bundle(folder).manifest.schema_version == 3
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_changed_content_is_found_when_asked(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "newer schema": (lambda m: m.update(schema_version=3), "schema 3, but this Cierzo reads schema 2. Upgrade Cierzo"),
-    "older schema": (lambda m: m.update(schema_version=1), "schema 1, which does not say where its weights lie"),
+    "newer schema": (lambda m: m.update(schema_version=4), "schema 4, but this Cierzo reads schema 3. Upgrade Cierzo"),
+    "older schema": (lambda m: m.update(schema_version=2), "schema 2, whose graphs have other inputs"),
     "no schema": (lambda m: m.pop("schema_version"), "`schema_version` must be an integer, but it is missing"),
     "boolean size": (lambda m: m["model"].update(hidden_size=True), "`model.hidden_size` must be an integer"),
     "size as text": (lambda m: m["kv"].update(chunk="3"), "`kv.chunk` must be an integer, but it is '3'"),

@@ -78,7 +78,7 @@ def test_a_tenth_and_at_least_half_a_gigabyte_stay_free() -> None:
 
 
 def weights(folding_bytes: int) -> WeightsInfo:
-    return WeightsInfo("stored", "float32", "linked", None, {"BF16": 1}, folding_bytes, folding_bytes, {})
+    return WeightsInfo("stored", "float32", "linked", None, {"BF16": 1}, folding_bytes, folding_bytes, 0, 0, {})
 
 
 def test_weights_are_made_at_loading_where_that_fits() -> None:

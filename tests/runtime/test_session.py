@@ -116,7 +116,7 @@ def test_forward_last_is_the_end_of_forward(tmp_path: Path) -> None:
     every_BTV = session.forward(rows)
     session.reset()
     last_BV = session.forward_last(rows)
-    assert np.array_equal(last_BV, np.stack([every_BTV[0, 7], every_BTV[1, 2]]))
+    assert np.abs(last_BV - np.stack([every_BTV[0, 7], every_BTV[1, 2]])).max() < TOLERANCE
     last_BV = session.forward_last([[], [5]])
     assert np.isnan(last_BV[0]).all()
     assert np.isfinite(last_BV[1]).all()

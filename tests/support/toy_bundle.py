@@ -3,7 +3,8 @@
 The model: embedding, then layers of grouped-query attention with a residual, then the LM head. In place of RoPE each
 score loses 0.05 for every position of distance (ALiBi), so that a wrong position of a slot shows in the logits.
 
-Letters: B batch, T tokens, S slots, H heads, G KV heads, R = H / G, D head dim, M hidden size, V vocabulary.
+Letters: B batch, T tokens, N of them whose logits are asked for, S slots, H heads, G KV heads, R = H / G, D head dim,
+M hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def write_toy_bundle(folder: Path, model: ToyModel | None = None, tokenizer: dic
 def toy_manifest(folder: Path, model: ToyModel, tokenizer: list[str]) -> dict[str, Any]:
     """The manifest of the files in `folder`, as a mapping that a test may damage."""
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "cierzo_version": "0.1.0",
         "model": {
             "architecture": "mistral", "num_layers": len(model.windows), "hidden_size": model.hidden_size,
@@ -124,7 +125,7 @@ def toy_manifest(folder: Path, model: ToyModel, tokenizer: list[str]) -> dict[st
         },
         "graph": {
             "file": "model.onnx", "opset": 24, "input_ids": "input_ids", "start_positions": "start_positions",
-            "token_counts": "token_counts", "logits": "logits",
+            "token_counts": "token_counts", "logit_positions": "logit_positions", "logits": "logits",
         },
         "kv": {
             "dtype": "float32", "chunk": model.chunk, "max_batch": model.max_batch, "context": model.context,
@@ -139,8 +140,8 @@ def toy_manifest(folder: Path, model: ToyModel, tokenizer: list[str]) -> dict[st
             ],
         },
         "weights": {
-            "kind": "fp32", "arithmetic": "float32", "placement": "copied", "folder": None,
-            "types": {"F32": len(model.weights)}, "folded_bytes": 0, "folding_bytes": 0,
+            "kind": "fp32", "quantization": None, "arithmetic": "float32", "placement": "copied", "folder": None,
+            "types": {"F32": len(model.weights)}, "folded_bytes": 0, "folding_bytes": 0, "made_bytes": 0, "making_bytes": 0,
             "files": {"weights.bin": _entry(folder / "weights.bin")},
         },
         "tokenizer": tokenizer,
@@ -199,8 +200,9 @@ def _graph(model: ToyModel) -> onnx.ModelProto:
         helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"]),
         helper.make_tensor_value_info("start_positions", TensorProto.INT64, ["B"]),
         helper.make_tensor_value_info("token_counts", TensorProto.INT64, ["B"]),
+        helper.make_tensor_value_info("logit_positions", TensorProto.INT64, ["B", "N"]),
     ]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "T", model.vocab_size])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "N", model.vocab_size])]
 
     def projected(name: str, groups: int) -> str:
         """[B, T, M] -> [B, groups, T, D]"""
@@ -244,7 +246,9 @@ def _graph(model: ToyModel) -> onnx.ModelProto:
         flat = b.node("Reshape", b.node("Transpose", attended_BHTD, perm=[0, 2, 1, 3]), b.constant([0, 0, H * D]))
         output_BTM = b.node("MatMul", flat, b.weight(f"{layer}.o", model.weights[f"{layer}.o"]))
         hidden_BTM = b.node("Add", hidden_BTM, output_BTM)
-    b.node("MatMul", hidden_BTM, b.weight("lm_head", model.weights["lm_head"]), output="logits")
+    position_BN1 = b.node("Unsqueeze", "logit_positions", b.constant([2]))
+    asked_for_BNM = b.node("GatherND", hidden_BTM, position_BN1, batch_dims=1)
+    b.node("MatMul", asked_for_BNM, b.weight("lm_head", model.weights["lm_head"]), output="logits")
     graph = helper.make_graph(b.nodes, "toy", inputs, outputs, b.constants)
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
     onnx.checker.check_model(proto, full_check=True)

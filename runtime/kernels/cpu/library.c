@@ -10,6 +10,20 @@ typedef OrtStatus *(*AddDomain)(OrtSessionOptions *, OrtCustomOpDomain *);
 
 static Op *const OPS[] = {
     &gated_activation_op,
+    &rms_norm_op,
+    &mixture_of_experts_op,
+    &mixture_of_experts_float16_op,
+    &mixture_of_experts_bfloat16_op,
+    &quantized_matmul_op,
+    &quantized_matmul_float16_op,
+    &quantized_mixture_of_experts_op,
+    &quantized_mixture_of_experts_float16_op,
+    &stored_matmul_op,
+    &stored_matmul_float16_op,
+    &stored_matmul_bfloat16_op,
+    &rolling_attention_float_op,
+    &rolling_attention_half_op,
+    &rolling_attention_int8_op,
 };
 enum { NUM_OPS = sizeof OPS / sizeof OPS[0] };
 

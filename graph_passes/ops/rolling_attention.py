@@ -1,0 +1,144 @@
+"""RollingAttention: everything between a layer's projections, in one node: RoPE, ring write, windowed attention.
+
+Its body calls those of RotaryEmbedding, RollingKVWrite and SlidingWindowAttention, where each is defined. One node, since
+a kernel then turns, writes and attends in one pass over the ring, and reads the layout that the projections give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from graph_passes.ops.base import Arrays, Attributes, PluginOp, Shapes
+from graph_passes.ops.rolling_kv import ROLLING_KV_WRITE
+from graph_passes.ops.rotary_embedding import ROTARY_EMBEDDING
+from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION, boundary_rows, visible_pairs
+
+_TURNED = """
+    query_BHTD = Transpose <perm = [0, 2, 1, 3]> (query_BTHD)
+    key_BGTD = Transpose <perm = [0, 2, 1, 3]> (key_BTGD)
+    value_BGTD = Transpose <perm = [0, 2, 1, 3]> (value_BTGD)
+    rotated_query = cierzo.RotaryEmbedding <interleaved: int = @interleaved> (query_BHTD, cos_BTd, sin_BTd)
+    rotated_key = cierzo.RotaryEmbedding <interleaved: int = @interleaved> (key_BGTD, cos_BTd, sin_BTd)
+"""
+_ATTENDED = """
+    attended = cierzo.SlidingWindowAttention <scale: float = @scale, window: int = @window>
+        (rotated_query, held_key, held_value, start_B, count_B)
+    attended_BTHD = Transpose <perm = [0, 2, 1, 3]> (attended)
+"""
+_CALLS = (ROTARY_EMBEDDING, ROLLING_KV_WRITE, SLIDING_WINDOW_ATTENTION)
+
+
+def _body(attributes: Attributes) -> str:
+    return f"""
+    {_TURNED}
+    stored_key = CastLike (rotated_key, past_key_BGSD)
+    stored_value = CastLike (value_BGTD, past_value_BGSD)
+    present_key_BGSD = cierzo.RollingKVWrite (past_key_BGSD, stored_key, start_B, count_B)
+    present_value_BGSD = cierzo.RollingKVWrite (past_value_BGSD, stored_value, start_B, count_B)
+    held_key = CastLike (present_key_BGSD, query_BTHD)
+    held_value = CastLike (present_value_BGSD, query_BTHD)
+    {_ATTENDED}
+    """
+
+
+def _int8_write(what: str, new: str) -> str:
+    """Integers travel as float32, which is exact and what every runtime can choose between."""
+    return f"""
+    {what}_magnitude = Abs ({new})
+    {what}_largest = ReduceMax <keepdims = 1> ({what}_magnitude, last_axis)
+    {what}_unit = Div ({what}_largest, most)
+    {what}_empty = Equal ({what}_unit, zero)
+    {what}_divisor = Where ({what}_empty, one, {what}_unit)
+    {what}_ratio = Div ({new}, {what}_divisor)
+    {what}_whole = Round ({what}_ratio)
+    past_{what}_number = CastLike (past_{what}_BGSD, query_BTHD)
+    present_{what}_number = cierzo.RollingKVWrite (past_{what}_number, {what}_whole, start_B, count_B)
+    present_{what}_BGSD = CastLike (present_{what}_number, past_{what}_BGSD)
+    past_{what}_scale_1 = Unsqueeze (past_{what}_scale_BGS, last_axis)
+    present_{what}_scale_1 = cierzo.RollingKVWrite (past_{what}_scale_1, {what}_unit, start_B, count_B)
+    present_{what}_scale_BGS = Squeeze (present_{what}_scale_1, last_axis)
+    held_{what} = Mul (present_{what}_number, present_{what}_scale_1)
+    """
+
+
+def _int8_body(attributes: Attributes) -> str:
+    return f"""
+    last_axis = Constant <value_ints = [-1]> ()
+    zero_raw = Constant <value_float = 0.0> ()
+    zero = CastLike (zero_raw, query_BTHD)
+    one_raw = Constant <value_float = 1.0> ()
+    one = CastLike (one_raw, query_BTHD)
+    most_raw = Constant <value_float = 127.0> ()
+    most = CastLike (most_raw, query_BTHD)
+    {_TURNED}
+    {_int8_write("key", "rotated_key")}
+    {_int8_write("value", "value_BGTD")}
+    {_ATTENDED}
+    """
+
+
+def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    """Rows at every border of window and ring, two at a time, with two query heads on one small key head.
+
+    Cosine and sine are not on the unit circle, so that nothing cancels.
+    """
+    window = int(attributes["window"])
+    for tokens in (1, 2, 5):
+        slots = max(window, 4) + tokens - 1
+        start, count = boundary_rows(window, tokens, slots)
+        if window == FULL:  # a full-attention buffer is never wrapped
+            inside = start + tokens <= slots
+            start, count = start[inside], count[inside]
+        each = [(start[[row]], count[[row]]) for row in range(len(start))]
+        seen = [visible_pairs(*row, tokens, slots, window).any(axis=-1).all() for row in each]
+        rows = np.flatnonzero(seen)
+        for pair in np.resize(rows, (-(-len(rows) // 2), 2)):
+            query = rng.standard_normal((2, tokens, 2, 4), dtype=np.float32)
+            key, value = rng.standard_normal((2, 2, tokens, 1, 4), dtype=np.float32)
+            cos, sin = rng.standard_normal((2, 2, tokens, 2), dtype=np.float32)
+            past_key, past_value = rng.standard_normal((2, 2, 1, slots, 4), dtype=np.float32)
+            yield query, key, value, cos, sin, past_key, past_value, start[pair], count[pair]
+
+
+_INPUTS = ("query_BTHD", "key_BTGD", "value_BTGD", "cos_BTd", "sin_BTd", "past_key_BGSD", "past_value_BGSD")
+_ROWS = ("start_B", "count_B")
+_ATTRIBUTES = {"scale": "float", "window": "int", "interleaved": "int"}
+
+ROLLING_ATTENTION = PluginOp(
+    name="RollingAttention",
+    inputs=(*_INPUTS, *_ROWS),
+    outputs=("attended_BTHD", "present_key_BGSD", "present_value_BGSD"),
+    attributes=_ATTRIBUTES,
+    body=_body,
+    examples=_examples,
+    calls=_CALLS,
+)
+"""query [B, T, H, D], key and value [B, T, G, D], cos and sin [B, T, D/2], all float32; rings float32 or float16
+[B, G, S, D]; start and count int64 [B]; to attended [B, T, H, D] and the rings after the write.
+
+A runtime binds past and present to one buffer. scale, window, interleaved: see the three ops that the body calls.
+"""
+
+
+def _int8_examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    for *inputs, past_key, past_value, start, count in _examples(rng, attributes, shapes):
+        rings = [rng.integers(-127, 128, past.shape, dtype=np.int8) for past in (past_key, past_value)]
+        scales = [rng.random(past.shape[:3], dtype=np.float32) / 64 for past in (past_key, past_value)]
+        yield *inputs, *rings, *scales, start, count
+
+
+ROLLING_ATTENTION_INT8 = PluginOp(
+    name="RollingAttentionInt8",
+    inputs=(*_INPUTS, "past_key_scale_BGS", "past_value_scale_BGS", *_ROWS),
+    outputs=(*ROLLING_ATTENTION.outputs, "present_key_scale_BGS", "present_value_scale_BGS"),
+    attributes=_ATTRIBUTES,
+    body=_int8_body,
+    examples=_int8_examples,
+    calls=_CALLS,
+)
+"""RollingAttention over rings of int8 [B, G, S, D] with a float32 scale for each head of each token, [B, G, S].
+
+A vector v (a key after RoPE, or a value) is stored as round(v / s), ties to even, with s = max|v| / 127.
+"""
