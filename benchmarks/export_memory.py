@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from benchmarks.checkpoints import Shape, write_checkpoint
-from benchmarks.machine import memory_of
 from benchmarks.report import Report, Row
+from exporter.machine import memory_of
 
 _SAMPLED_EVERY = 0.01  # seconds
 _SPARE = 2 << 30  # bytes of disk left alone

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.checkpoints import Shape, write_checkpoint
-from benchmarks.machine import seconds
 from benchmarks.raw_step import RawStep
 from benchmarks.report import Report, Row
 from exporter import export
+from exporter.machine import seconds
 
 CHUNK = 16
 _PROFILED = 30

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe
+from exporter.machine import describe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Cell = str | int | float | bool | None

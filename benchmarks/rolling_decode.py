@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.checkpoints import Shape, make_bundle
-from benchmarks.machine import ReadBandwidth, memory_of, seconds
 from benchmarks.report import Report, Row
+from exporter.machine import ReadBandwidth, memory_of, seconds
 from runtime.backends.cores import physical_cores
 from runtime.backends.onnxruntime import OnnxRuntimeEngine
 from runtime.bundle import read_bundle

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.checkpoints import Shape, make_bundle
-from benchmarks.machine import MatmulPeak, ReadBandwidth, seconds
 from benchmarks.raw_step import OpTime, RawStep
 from benchmarks.report import Report, Row
+from exporter.machine import MatmulPeak, ReadBandwidth, seconds
 from runtime.backends.cores import physical_cores
 
 CHUNK = 256

@@ -30,6 +30,8 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 @click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write an HTML report there."
 )
+@click.option("--text", type=EXISTING, metavar="FILE", help="Text on which quantised weights are judged.  [default: the engine's own]")
+@click.option("--max-kl", type=click.FloatRange(min=0), help="Largest mean KL divergence (nats) of quantised weights.  [default: by their kind]")
 @weights_folder_option
 @verify_option
 @json_option
@@ -40,6 +42,8 @@ def validate(
     seed: int,
     layers: bool,
     report: Path | None,
+    text: Path | None,
+    max_kl: float | None,
     weights_folder: Path | None,
     verify: bool,
     as_json: bool,
@@ -65,6 +69,8 @@ def validate(
             seed=seed,
             verify=verify,
             weights_folder=weights_folder,
+            text=text,
+            max_kl=max_kl,
             progress=progress,
         )
         if layers:

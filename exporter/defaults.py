@@ -15,7 +15,7 @@ DEFAULT_MAX_BATCH = 8
 """Most rows of a session."""
 
 WEIGHT_KINDS = ("stored", "fp32", "int8", "int4")
-"""As what an export leaves the weights: as the checkpoint has them, converted, or quantised; the first is the default."""
+"""What becomes of weights: left as the checkpoint has them (the default), converted, or quantised."""
 
 QUANTIZED_KINDS = {"int8": 8, "int4": 4}
 """The quantised ones, and their bits."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from exporter.inspect_report import (
     BundleFacts,
     InspectReport,
+    KernelFacts,
     KVUse,
     ModelFacts,
     ParameterCount,
@@ -176,9 +177,13 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> InspectReport:
 
 def _inspect_bundle(folder: Path) -> InspectReport:
     from runtime.bundle import MANIFEST_NAME, read_bundle
+    from runtime.estimate import estimate
     from runtime.rolling_kv import kv_bytes
 
-    manifest = read_bundle(folder).manifest
+    bundle = read_bundle(folder)
+    manifest = bundle.manifest
+    kernels = _kernels(bundle.file(manifest.graph.file))
+    active = kernels.library is not None
     model, kv, weights = manifest.model, manifest.kv, manifest.weights
     windows = tuple(layer.window for layer in kv.layers)
     capacities = tuple(layer.capacity for layer in kv.layers)
@@ -218,5 +223,23 @@ def _inspect_bundle(folder: Path) -> InspectReport:
             tokenizer=manifest.tokenizer,
             # The manifest's reader leaves this part alone: it is a report about building, not about running.
             fusion=json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")).get("fusion") or {},
+            kernels=kernels,
+            memory=estimate(manifest, kernels_active=active),
+            memory_of_all_rows=estimate(manifest, batch=kv.max_batch, kernels_active=active),
         ),
+    )
+
+
+def _kernels(graph: Path) -> KernelFacts:
+    from runtime.graph_ops import plugin_ops
+    from runtime.kernels import kernels, why_none
+
+    ops, found = plugin_ops(graph), kernels()
+    known = () if found is None else found.ops
+    return KernelFacts(
+        library=None if found is None else str(found.library),
+        isa=None if found is None else found.isa,
+        native={op: number for op, number in ops.items() if op in known},
+        bodies={op: number for op, number in ops.items() if op not in known},
+        reason=why_none(),
     )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from runtime.estimate import MemoryEstimate
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -92,12 +94,29 @@ class StoredTensors:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelFacts:
+    """Which plugin nodes of a bundle this machine runs natively: op to number of nodes.
+
+    library: the shared library with the kernels; isa: the level of instructions that it uses here. native: what it
+    runs. bodies: the ops that run their portable function bodies. reason: why no kernels are active, a sentence, and
+    None when they are.
+    """
+
+    library: str | None
+    isa: str | None
+    native: Mapping[str, int]
+    bodies: Mapping[str, int]
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class BundleFacts:
     """What a manifest says. kv_bytes_per_row and kv_bytes (max_batch rows): 2·B·G·D·bytes·(sum of S over layers).
 
     weights_types: tensors that the graph reads, by stored type. weights_placement: "copied" or "linked" into the
         bundle, or left in a "folder", which is then weights_folder. folded_bytes: see `runtime.manifest.WeightsInfo`.
     files: bytes of all files but the manifest, those with weights included.
+    kernels: on this machine. memory, memory_of_all_rows: what a session takes here for one row and for max_batch.
     """
 
     cierzo_version: str
@@ -117,6 +136,9 @@ class BundleFacts:
     files: Mapping[str, int]
     tokenizer: tuple[str, ...]
     fusion: Mapping[str, Any]
+    kernels: KernelFacts
+    memory: MemoryEstimate
+    memory_of_all_rows: MemoryEstimate
 
 
 @dataclass(frozen=True, slots=True)

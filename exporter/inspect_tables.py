@@ -11,7 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from exporter.fusion_table import draw_fusion
-from exporter.inspect_report import BundleFacts, InspectReport, KVUse, ParameterCount, ReceptiveField, StoredTensors
+from exporter.inspect_report import (
+    BundleFacts,
+    InspectReport,
+    KernelFacts,
+    KVUse,
+    ParameterCount,
+    ReceptiveField,
+    StoredTensors,
+)
 
 _LAYOUTS = {"huggingface": "Hugging Face", "native": "Mistral's own"}
 _PLACES = {"copied": "copied into the bundle", "linked": "linked from the checkpoint", "folder": "in their own folder"}
@@ -30,6 +38,8 @@ def draw(report: InspectReport, console: Console) -> None:
         console.print(_stored_table(report.stored))
     if report.bundle is not None:
         console.print(_bundle_table(report.bundle))
+        console.print(_memory_table(report.bundle))
+        console.print(_kernel_table(report.bundle.kernels))
         console.print(_file_table(report.bundle.files))
         for table in draw_fusion(report.bundle.fusion):
             console.print(table)
@@ -186,12 +196,45 @@ def _bundle_table(bundle: BundleFacts) -> Table:
             "weights": f"{_types(bundle.weights_types)}; {_PLACES[bundle.weights_placement]}",
             "weights' folder": bundle.weights_folder,
             "computed in": bundle.arithmetic,
-            "weights made at load": size(bundle.folded_bytes) if bundle.folded_bytes else None,
             "tokens per step": f"{bundle.chunk:,} at most, for up to {bundle.max_batch} rows",
             "context": "unbounded, every layer slides" if bundle.context is None else f"{bundle.context:,} tokens",
             "ring slots": f"{slots} ({bundle.kv_dtype})",
             "KV memory": f"{size(bundle.kv_bytes_per_row)} per row, {size(bundle.kv_bytes)} for {bundle.max_batch}",
             "tokenizer": ", ".join(bundle.tokenizer) or "none",
+        },
+    )
+
+
+def _memory_table(bundle: BundleFacts) -> Table:
+    sessions = [bundle.memory]
+    columns = ["1 row"]
+    if bundle.max_batch > 1:
+        sessions.append(bundle.memory_of_all_rows)
+        columns.append(f"{bundle.max_batch} rows")
+    table = _table("Memory of a session on this machine", "part", *columns)
+    for part, name in (
+        ("weights, read from their files", "weights"),
+        ("weights made at load", "folded"),
+        ("KV", "kv"),
+        ("buffers of a step", "buffers"),
+        ("Python and ONNX Runtime", "overhead"),
+    ):
+        table.add_row(part, *(size(getattr(session, name)) for session in sessions))
+    table.add_section()
+    table.add_row("total", *(size(session.total) for session in sessions), style="bold")
+    table.add_row("at most while loading", *(size(session.loading) for session in sessions))
+    return table
+
+
+def _kernel_table(kernels: KernelFacts) -> Table:
+    return _facts(
+        "Native kernels on this machine",
+        {
+            "library": kernels.library,
+            "instructions": kernels.isa,
+            "native": _types({f"x {op}": number for op, number in kernels.native.items()}) or "no node",
+            "portable bodies": _types({f"x {op}": number for op, number in kernels.bodies.items()}) or "no node",
+            "why": kernels.reason,
         },
     )
 

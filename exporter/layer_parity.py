@@ -20,7 +20,8 @@ from exporter.bundle_graph import load_graph
 from exporter.layer_report import LayerReport, ModuleParity
 from exporter.parity_tools import largest_differences, quiet_polygraphy, require_polygraphy
 from exporter.taps import RollingTaps, modules_of
-from exporter.validate import boundary_lengths, open_matching
+from exporter.borders import boundary_lengths
+from exporter.validate import open_matching
 from reference.checkpoint import Checkpoint
 from reference.config import ModelConfig
 from reference.parity import Budget

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from exporter.recipes import parameters
+from graph_passes.lower.formats import packed_name
 from runtime.chunking import Step, all_positions
 from runtime.errors import BackendError
+from runtime.kernels import kernels
 from runtime.manifest import Manifest
+from runtime.rolling_kv import scale_ring
 
 Array = npt.NDArray[Any]
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -66,20 +70,35 @@ def _is_float(value: ir.Value) -> bool:
 
 
 def _by_parameter(model: ir.Model) -> dict[str, ir.Value]:
-    """Modules by their parameter: the first value behind `path.weight` that is no rearrangement of it."""
+    """Modules by their parameter: the first value behind `path.weight` that is no rearrangement of it.
+
+    Of a quantised parameter it is the first behind its numbers.
+    """
     found: dict[str, ir.Value] = {}
     for name, value in parameters(model).items():
-        if not name.endswith(".weight"):
+        path, dot, kind = name.removesuffix(packed_name("")).rpartition(".")
+        if not dot or kind != "weight":
             continue
         uses = list(value.uses())
         while len(uses) == 1 and uses[0].node.op_type in ("Transpose", "Cast", "Identity"):
             uses = list(uses[0].node.outputs[0].uses())
         if len(uses) == 1:
-            found[name.removesuffix(".weight")] = uses[0].node.outputs[0]
-        elif name == "embed_tokens.weight":  # tied: the embedding is gathered, the head multiplies
+            found[path] = _finished(uses[0].node.outputs[0], path)
+        elif path == "embed_tokens":  # tied: the embedding is gathered, the head multiplies
             for use in uses:
-                found["embed_tokens" if use.node.op_type == "Gather" else "lm_head"] = use.node.outputs[0]
+                tied = "embed_tokens" if use.node.op_type == "Gather" else "lm_head"
+                found[tied] = _finished(use.node.outputs[0], tied)
     return found
+
+
+def _finished(value: ir.Value, path: str) -> ir.Value:
+    """What a module gives out whose parameter makes `value`: rows of two bytes are widened, a bias is added."""
+    for use in value.uses():
+        if value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) and use.node.op_type == "Cast":
+            return use.node.outputs[0]
+        if use.node.op_type == "Add" and any(v is not None and v.name == f"{path}.bias" for v in use.node.inputs):
+            return use.node.outputs[0]
+    return value
 
 
 def _feed_forward(end: ir.Value, norm: str) -> ir.Value | None:
@@ -112,12 +131,19 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
     return copy
 
 
-def open_session(model: ir.Model, folder: Path | None, *, threads: int = 0) -> ort.InferenceSession:
-    """A CPU session of `model`, whose weights lie in `folder`. Raises BackendError when it cannot be loaded."""
+def open_session(
+    model: ir.Model, folder: Path | None, *, native: bool, threads: int = 0
+) -> ort.InferenceSession:
+    """A CPU session of `model`, whose weights lie in `folder`. Raises BackendError when it cannot be loaded.
+
+    native: plugin nodes run the kernels of this process's sessions, where it has them, and else their function bodies.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if native and (found := kernels()) is not None:
+        options.register_custom_ops_library(str(found.library))
     if folder is not None:
         options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(folder))
     try:
@@ -127,30 +153,64 @@ def open_session(model: ir.Model, folder: Path | None, *, threads: int = 0) -> o
         raise BackendError(f"ONNX Runtime {ort.__version__} cannot load the graph with its taps: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A ring as the graph declares it: the input and the output that it is bound to, its shape without B, its type."""
+
+    past: str
+    present: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def rings_of(model: ir.Model, manifest: Manifest) -> list[Ring]:
+    """The rings of `model`, layer by layer, those of scales behind the others.
+
+    Their types are what the graph declares, which before its lowering are others than the manifest's.
+    """
+    declared = {str(value.name): value.dtype for value in model.graph.inputs}
+    rings: list[Ring] = []
+    for layer in manifest.kv.layers:
+        slots = (manifest.model.num_kv_heads, layer.capacity)
+        names = [(layer.past_key, layer.present_key), (layer.past_value, layer.present_value)]
+        scales = [(scale_ring(past), scale_ring(present)) for past, present in names]
+        for pairs, shape in ((names, (*slots, manifest.model.head_dim)), (scales, slots)):
+            for past, present in pairs:
+                if (dtype := declared.get(past)) is not None:
+                    rings.append(Ring(past, present, shape, dtype.numpy()))
+    return rings
+
+
 class RollingTaps:
-    """The graph through its rolling steps, one step at a time, with the taps of each; every token's logits are asked for.
+    """The graph through its rolling steps, one step at a time, with the taps of each. All tokens' logits are asked for.
 
     in_place: bind each ring as `past` and as `present`, as a session does; otherwise a step leaves the ring that it
     read as it was, so that both can be looked at.
+    native: see `open_session`.
     """
 
     def __init__(
-        self, model: ir.Model, manifest: Manifest, folder: Path | None, names: Iterable[str], *, in_place: bool
+        self,
+        model: ir.Model,
+        manifest: Manifest,
+        folder: Path | None,
+        names: Iterable[str],
+        *,
+        in_place: bool,
+        native: bool,
     ) -> None:
         self._manifest, self._in_place = manifest, in_place
         self._names = list(dict.fromkeys(names))
-        self._session = open_session(with_outputs(model, self._names), folder)
+        self._rings = rings_of(model, manifest)
+        self._session = open_session(with_outputs(model, self._names), folder, native=native)
 
     def run(self, steps: Iterable[Step], batch: int) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
         """Yield (inputs, taps) of each step, from empty rings. Raises BackendError when a step fails.
 
         Rings among the inputs are the buffers themselves: with `in_place` they already hold what the step wrote.
         """
-        graph, kv, model = self._manifest.graph, self._manifest.kv, self._manifest.model
-        rings: dict[str, Array] = {}
-        for layer in kv.layers:
-            for name in (layer.past_key, layer.past_value):
-                rings[name] = np.zeros((batch, model.num_kv_heads, layer.capacity, model.head_dim), kv.dtype)
+        graph = self._manifest.graph
+        rings = {ring.past: np.zeros((batch, *ring.shape), ring.dtype) for ring in self._rings}
         for step in steps:
             positions = {
                 graph.input_ids: step.input_ids_BT,
@@ -173,15 +233,13 @@ class RollingTaps:
         for name, view in views.items():
             binding.bind_ortvalue_input(name, view)
         after = dict(rings) if self._in_place else {name: np.empty_like(ring) for name, ring in rings.items()}
-        presents: dict[str, Array] = {}
-        for layer in self._manifest.kv.layers:
-            presents[layer.present_key], presents[layer.present_value] = after[layer.past_key], after[layer.past_value]
-        for name, array in presents.items():
-            if self._in_place and self._names_of_past(name) in views:
-                view = views[self._names_of_past(name)]
+        presents = {ring.present: after[ring.past] for ring in self._rings}
+        for ring in self._rings:
+            if self._in_place and ring.past in views:
+                view = views[ring.past]
             else:
-                view = views[name] = ort.OrtValue.ortvalue_from_numpy(array)
-            binding.bind_ortvalue_output(name, view)
+                view = views[ring.present] = ort.OrtValue.ortvalue_from_numpy(presents[ring.present])
+            binding.bind_ortvalue_output(ring.present, view)
         loose = [name for name in dict.fromkeys([*self._names, self._manifest.graph.logits]) if name not in presents]
         for name in loose:
             binding.bind_output(name, "cpu")
@@ -195,11 +253,3 @@ class RollingTaps:
         by_name = dict(zip([*presents, *loose], values, strict=True))
         taps = {name: presents[name] if name in presents else by_name[name].numpy() for name in self._names}
         return after, taps
-
-    def _names_of_past(self, present: str) -> str:
-        for layer in self._manifest.kv.layers:
-            if present == layer.present_key:
-                return layer.past_key
-            if present == layer.present_value:
-                return layer.past_value
-        raise KeyError(present)

@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from exporter.borders import boundary_lengths, last_position
+from exporter.quality import measure_quality, quality_check
+from exporter.quantized_reference import quantized_reference
 from exporter.reopen import reopen
 from exporter.validation_report import Check, ValidationReport, render
 from reference.checkpoint import Checkpoint
@@ -24,6 +27,7 @@ from reference.parity import Budget, budget, position_errors
 from runtime import load
 from runtime.backends import DEFAULT_BACKEND
 from runtime.errors import CheckpointError
+from runtime.rolling_kv import kv_bytes
 from runtime.session import Session
 
 __all__ = ["ValidationReport", "render", "validate"]
@@ -59,11 +63,18 @@ def validate(
     seed: int = 0,
     verify: bool = False,
     weights_folder: Path | None = None,
+    text: str | Path | None = None,
+    max_kl: float | None = None,
     progress: Progress | None = None,
 ) -> ValidationReport:
     """Compare the engine of `bundle` with the reference model of `checkpoint` (default: the one it was made from).
 
     verify, weights_folder: see `runtime.load`.
+    text, max_kl: for quantised weights, a file with the text on which they are compared with the original ones (default:
+        what the engine itself writes), and how far they may be from them; see `exporter.quality`.
+
+    A quantised engine is held twice: against the reference with its quantised weights as numbers, and, for quality,
+    against the original.
 
     Parity that fails is a report with `passed` False. Raises BundleError, CheckpointError and BackendError when the
     comparison cannot be run at all, for instance because the two are not even the same model.
@@ -77,10 +88,13 @@ def validate(
     rng = np.random.default_rng(seed)
     windows = opened.config.layer_windows
     rows = _rows(boundary_lengths(session, windows)[-1], opened.config.vocab_size, rng)
-    oracle = Oracle(opened)
-    truth = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], torch.float64, progress))
-    dtype = session.manifest.kv.dtype
-    own = tuple(t.numpy() for t in oracle.logits([row.tolist() for row in rows], getattr(torch, dtype), progress))
+    quantized = quantized_reference(session.bundle)
+    oracle = Oracle(opened, quantized.weights)
+    tokens = [row.tolist() for row in rows]
+    truth = tuple(t.numpy() for t in oracle.logits(tokens, torch.float64, progress))
+    rounding = quantized.rounding
+    own = tuple(t.numpy() for t in oracle.logits(tokens, torch.float32, progress, rounding=rounding))
+    dtype = rounding.kind
     run = _Run(session, windows, rows, truth, budget(truth, own, dtype), rng)
     checks: list[Check] = []
     steps = (
@@ -90,6 +104,10 @@ def validate(
         checks.extend(step(run))
         if progress is not None:
             progress("checking the engine", number, len(steps))
+    quality = None
+    if quantized.weights:
+        quality = measure_quality(session, Oracle(opened), text=text, seed=seed, progress=progress)
+        checks.append(quality_check(quality, session.manifest.weights.kind, max_kl))
     session.reset()
     errors = position_errors(truth[0], session.forward(rows[0])[0])
     return ValidationReport(
@@ -104,6 +122,7 @@ def validate(
         reason=run.budget.tolerance.reason,
         checks=tuple(checks),
         position_errors=tuple(errors.tolist()),
+        quality=quality,
         unverified=session.unverified,
         versions={name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy")},
     )
@@ -128,25 +147,6 @@ def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint
                 "so there is nothing to compare. Name the checkpoint that the bundle was made from."
             )
     return opened
-
-
-def boundary_lengths(session: Session, windows: tuple[int | None, ...]) -> list[int]:
-    """Prompt lengths on every border: W − 1, W, W + 1, 2W + 1, 3W + C for each window; C ± 1 and the context's end."""
-    kv = session.manifest.kv
-    lengths = {1, 2, kv.chunk - 1, kv.chunk, kv.chunk + 1, 2 * kv.chunk + 1}
-    for window in windows:
-        if window is not None:
-            lengths |= {window - 1, window, window + 1, 2 * window + 1, 3 * window + kv.chunk}
-    end = last_position(session)
-    if end is not None:
-        lengths = {min(length, end) for length in (*lengths, end)}
-    return sorted(length for length in lengths if length >= 1)
-
-
-def last_position(session: Session) -> int | None:
-    """How many tokens a row may hold at most, for its buffers or for its RoPE; None: any number."""
-    kv = session.manifest.kv
-    return min((end for end in (kv.context, kv.position_limit) if end is not None), default=None)
 
 
 def _rows(longest: int, vocabulary: int, rng: np.random.Generator) -> tuple[Row, ...]:
@@ -287,8 +287,9 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
 def _memory(run: _Run) -> Iterator[Check]:
     model, kv = run.session.manifest.model, run.session.manifest.kv
     slots = sum((kv.context or 0) if window is None else window + kv.chunk - 1 for window in run.windows)
-    itemsize = np.dtype(kv.dtype).itemsize
-    due = 2 * run.session.batch * model.num_kv_heads * model.head_dim * slots * itemsize
+    due = kv_bytes(
+        [slots], batch=run.session.batch, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=kv.dtype
+    )
     held = run.session.kv_bytes
     detail = f"{held:,} bytes after {int(run.session.position.max()):,} tokens, as W + C − 1 slots a layer make"
     yield Check("KV memory", held == due, detail if held == due else f"{held:,} bytes are held and {due:,} are due")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,11 +25,32 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """What quantising the weights cost, on a text of `tokens` tokens.
+
+    source: where the text is from. kl: mean Kullback–Leibler divergence of the engine's next-token distribution from
+    the original's, in nats. agreement: share of positions where both have the same best token. perplexity_ratio: the
+    engine's over the original's on that text.
+    """
+
+    source: str
+    tokens: int
+    kl: float
+    agreement: float
+    perplexity_ratio: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class ValidationReport:
     """All checks of one run.
 
     budget: largest absolute error that was allowed; reference_error: what the reference itself does in that dtype;
     largest_logit: the scale of both. position_errors: largest |error| by position of the longest row.
+    quality: how far quantised weights are from the original ones, None where none are quantised.
     unverified: files whose hashes were asked for and that have none in the manifest.
     """
 
@@ -45,6 +66,7 @@ class ValidationReport:
     checks: tuple[Check, ...]
     position_errors: tuple[float, ...]
     versions: Mapping[str, str]
+    quality: Quality | None = None
     unverified: tuple[str, ...] = ()
 
     @property
@@ -82,6 +104,7 @@ class ValidationReport:
                 for check in self.checks
             ],
             "position_errors": [_finite(error) for error in self.position_errors],
+            "quality": None if self.quality is None else self.quality.to_json(),
             "unverified": list(self.unverified),
             "versions": dict(self.versions),
         }

@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, S keys, H query heads, G key and value heads (H is a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.query_scaling = config.query_scaling
+        self.round_kv: Callable[[Tensor], Tensor] = lambda x: x  # see reference.rounding
         query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         hidden, bias = config.hidden_size, config.qkv_bias
         self.q_proj = nn.Linear(hidden, query_size, bias=bias, device=device, dtype=dtype)

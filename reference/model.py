@@ -56,6 +56,7 @@ class ContextLayer(DecoderLayer):
         B, T = position_BT.shape
         query, key, value = self.self_attn.project(self.input_layernorm(x_NC), B, T)
         query, key = self.self_attn.place(query, key, position_BT, cos_BTd, sin_BTd)
+        key, value = self.self_attn.round_kv(key), self.self_attn.round_kv(value)
         blocks = []
         for begin in range(0, T, QUERIES_AT_ONCE):  # scores of all pairs of a long row would not fit into memory
             some = slice(begin, begin + QUERIES_AT_ONCE)

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from reference.config_reader import ConfigReader
+from reference.config_reader import ConfigReader, shown
 
 _CLASSES = ("Linear", "LinearBase", "Module")
 """Names of the classes that every linear layer is of."""
 
 _MARK = "re:"
-_LONGEST = 500
-_MOST_REPEATS = 4
+_MOST_WAYS = 10**8
+_NAME_LENGTH = 64
 _ESCAPED = re.compile(r"\\.|\[[^\]]*\]")
 
 
@@ -38,27 +38,36 @@ class Pattern:
 def read_patterns(reader: ConfigReader, key: str, names: Sequence[str]) -> tuple[Pattern, ...]:
     """The patterns `names`, which `key` lists.
 
-    Raises ConfigError for an expression that is none, or that could take forever: repeats of a group that repeats
-    itself make the time of a match grow exponentially, and a file from elsewhere must not do that.
+    Raises ConfigError for an expression that is none, or that could be matched in so many ways that trying them all
+    takes forever, which a file from elsewhere must not do.
     """
     for name in names:
         if not name.startswith(_MARK):
             continue
         expression = name.removeprefix(_MARK)
-        plain = _ESCAPED.sub("x", expression)
-        repeats = len(re.findall(r"[*+{]", plain))
-        if len(expression) > _LONGEST or repeats > _MOST_REPEATS or re.search(r"\)[*+{]", plain):
+        if _ways(expression) > _MOST_WAYS:
             reader.refuse(
                 key,
-                f"an expression in it repeats a group, or more than {_MOST_REPEATS} times something, which may take "
-                "forever to match",
+                f"the expression {shown(expression)} can match in too many ways to try them all",
                 "List the modules by their names, or by simpler expressions.",
             )
         try:
             _compiled(expression)
         except (re.error, OverflowError, RecursionError):
-            reader.refuse(key, "an expression in it is not valid", "Check the file against the published one.")
+            reader.refuse(
+                key, f"{shown(expression)} is no regular expression", "Check the file against the published one."
+            )
     return tuple(Pattern(name) for name in names)
+
+
+def _ways(expression: str) -> int:
+    """An upper estimate of the ways in which `expression` can match the beginning of a name."""
+    plain = _ESCAPED.sub("x", expression)
+    if re.search(r"\)[*+{]", plain):  # what repeats inside of what repeats multiplies at every letter
+        return _MOST_WAYS + 1
+    repeats, optional, groups = len(re.findall(r"[*+{]", plain)), plain.count("?"), plain.count("(")
+    ways: int = _NAME_LENGTH ** min(repeats, 9) * 2 ** min(optional, 99) * (plain.count("|") + 1) ** min(groups, 99)
+    return ways
 
 
 @lru_cache(maxsize=1024)

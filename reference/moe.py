@@ -5,12 +5,18 @@ Shapes: N tokens, C hidden size, I intermediate size, E experts, K experts per t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from reference.activations import ACTIVATIONS
 from reference.config import ModelConfig, MoEConfig
 from reference.norm import at_least_float32
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class GatedMLP(nn.Module):
@@ -47,6 +53,8 @@ class MixtureOfExperts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, I, C, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(E, C, I, device=device, dtype=dtype))
         self.activation = ACTIVATIONS[config.activation]
+        self.round_input: Callable[[Tensor], Tensor] = _as_it_is  # see reference.rounding
+        self.round_gated: Callable[[Tensor], Tensor] = _as_it_is
 
     def route(self, x_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, K] that sum to one, and expert numbers [N, K], best first."""
@@ -73,8 +81,9 @@ class MixtureOfExperts(nn.Module):
             token, choice = torch.where(expert_NK == expert)
             if token.numel() == 0:
                 continue
-            x = x_NC[token]
+            x = self.round_input(x_NC[token])
             gated = self.activation(x @ self.gate_proj[expert].T) * (x @ self.up_proj[expert].T)
+            gated = self.round_gated(gated)
             out_NC.index_add_(0, token, (gated @ self.down_proj[expert].T) * weight_NK[token, choice, None])
         return out_NC
 

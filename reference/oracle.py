@@ -15,28 +15,43 @@ from reference.checkpoint import Checkpoint
 from reference.model import ContextLayer, refuse_beyond_limit
 from reference.norm import RMSNorm
 from reference.rope import RotaryAngles
+from reference.rounding import Rounding
 from reference.torch_state import plain_torch
-from reference.weights import EMBEDDING, LM_HEAD, WeightSource, bind, load_parameter
+from reference.weights import EMBEDDING, LM_HEAD, Source, bind, load_parameter
 
 Progress = Callable[[str, int, int], None]
 
 
-class Oracle:
-    """Full-context logits of a checkpoint in a dtype of choice; float64 is taken as the truth."""
+Load = Callable[[torch.dtype], Tensor]
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+
+class Oracle:
+    """Full-context logits of a checkpoint in a dtype of choice; float64 is taken as the truth.
+
+    replaced: parameters that are not the checkpoint's but something else's, such as its quantised weights as numbers.
+        An output projection of its own may be among them where the checkpoint's is tied to the embedding.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, replaced: Mapping[str, Load] | None = None) -> None:
         self._checkpoint = checkpoint
-        self._sources: Mapping[str, WeightSource] = bind(checkpoint)
+        self._replaced = dict(replaced or {})
+        self._sources: Mapping[str, Source] = bind(checkpoint)
 
     @plain_torch()
     def logits(
-        self, rows: Sequence[Sequence[int]], dtype: torch.dtype, progress: Progress | None = None
+        self,
+        rows: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+        *,
+        rounding: Rounding | None = None,
     ) -> list[Tensor]:
         """Logits [T, V] in `dtype` for each row of token ids, computed layer by layer over all rows.
 
+        rounding: what is rounded on the way, as an engine does.
         Raises InputError for rows beyond the config's position_limit.
         """
-        config = self._checkpoint.config
+        config, rounding = self._checkpoint.config, rounding or Rounding()
         refuse_beyond_limit(config, max((len(row) for row in rows), default=0))
         embedding = self._load(EMBEDDING, dtype)
         hidden = [embedding[torch.tensor(list(row), dtype=torch.int64)] for row in rows]
@@ -46,6 +61,7 @@ class Oracle:
         for index in range(config.num_layers):
             layer = ContextLayer(config, index, device="meta", dtype=dtype)
             self._fill(layer, f"layers.{index}.", dtype)
+            rounding.apply(layer, f"layers.{index}.")
             hidden = [
                 layer(x_NC, position, *cos_sin)
                 for x_NC, position, cos_sin in zip(hidden, positions, angles, strict=True)
@@ -54,10 +70,13 @@ class Oracle:
                 progress(f"reference in {str(dtype).removeprefix('torch.')}", index + 1, config.num_layers)
         norm = RMSNorm(config.hidden_size, config.norm_eps, device="meta", dtype=dtype)
         self._fill(norm, "norm.", dtype)
-        head = embedding if config.tie_word_embeddings else self._load(LM_HEAD, dtype)
-        return [norm(x_NC) @ head.T for x_NC in hidden]
+        tied = config.tie_word_embeddings and LM_HEAD not in self._replaced
+        head, rounded = embedding if tied else self._load(LM_HEAD, dtype), rounding.of(LM_HEAD)
+        return [rounded(norm(x_NC)) @ head.T for x_NC in hidden]
 
     def _load(self, name: str, dtype: torch.dtype) -> Tensor:
+        if name in self._replaced:
+            return self._replaced[name](dtype)
         return load_parameter(self._checkpoint, self._sources[name], dtype)
 
     def _fill(self, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:

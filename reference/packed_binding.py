@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from reference.checkpoint import HUGGING_FACE, Checkpoint, some
-from reference.packed_layouts import PackedMatrix, packed_modules
+from reference.packed_layouts import SCALE_DTYPES, PackedMatrix, packed_modules
 from reference.packed_source import PackedSource, packed_source
 from reference.parameters import EMBEDDING
 from reference.quantization_config import GPTQ, GPTQ_V2, PACKED_LAYOUTS, PackedScheme
@@ -80,7 +80,8 @@ def is_zero_bias(checkpoint: Checkpoint, name: str) -> bool:
     quantization = checkpoint.config.quantization
     if quantization is None or (dot, kind) != (".", "bias") or f"{module}.qweight" not in checkpoint.tensors:
         return False
-    if quantization.groups[0].scheme.layout not in (GPTQ, GPTQ_V2):
+    floating = checkpoint.tensors[name].dtype in SCALE_DTYPES
+    if quantization.groups[0].scheme.layout not in (GPTQ, GPTQ_V2) or not floating:
         return False
     return not bool(checkpoint.read(name).count_nonzero())
 

@@ -268,4 +268,5 @@ def _numbers_across(words: torch.Tensor, bits: int, first: int, last: int, slots
     each = WORD // bits
     begin = first // each
     numbers = _numbers(words[:, begin : -(-last // each)], bits).T.contiguous()
-    return numbers[torch.tensor([(n // each - begin) * each + slots[n % each] for n in range(first, last)])]
+    places = [(n // each - begin) * each + slots[n % each] for n in range(first, last)]
+    return numbers[torch.tensor(places, dtype=torch.int64)]

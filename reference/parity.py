@@ -46,7 +46,32 @@ TOLERANCES: dict[str, Tolerance] = {
             "errors are below the floor), while one layer's window off by one exceeds the budget thousands of times"
         ),
     ),
+    "float16": Tolerance(
+        eps=float(np.finfo(np.float16).eps),
+        multiple=4.0,
+        floor=1.0,
+        ceiling=2e-2,
+        reason=(
+            "keys and values are rounded to float16 where they are stored, and all else is float32; the reference does "
+            "the same, so that its own error is that of the rounding, which the engine's may exceed where the two "
+            "round a number that lies between to different sides"
+        ),
+    ),
+    "int8": Tolerance(
+        eps=1 / 254,
+        multiple=4.0,
+        floor=0.25,
+        ceiling=0.5,
+        reason=(
+            "activations before quantised weights, or keys and values, are rounded to 8 bits with a scale for each "
+            "block; the reference rounds by the same rule, so that its own error is that of the rounding. Kernels may "
+            "choose other blocks for activations, and a router's near-tie may then fall to another expert"
+        ),
+    ),
 }
+"""By the coarsest type that the engine rounds to (`reference.rounding`); its arithmetic is float32."""
+
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +85,7 @@ class Budget:
 
 
 def budget(truth: Sequence[Logits], reference: Sequence[Logits], dtype: str) -> Budget:
-    """The budget for an engine in `dtype`, from the reference's logits [T, V] in float64 and in that dtype.
+    """The budget for an engine that rounds to `dtype`, from the reference's logits [T, V] in float64 and rounded so.
 
     Raises CheckpointError when the truth is not finite: the budget would be infinite, and every engine within it.
     """

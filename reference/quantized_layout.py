@@ -140,7 +140,7 @@ def unpack(rows: QuantizedRows, quantized: QuantizedFormat, columns: int) -> tup
     import torch
 
     count, blocks = rows.scale.shape
-    q_RK = _numbers(rows.packed.reshape(count, -1), quantized.bits)[:, :columns]
+    q_RK = _numbers(rows.packed.flatten(1), quantized.bits)[:, :columns]
     if rows.zero is None:
         return q_RK, torch.full((count, blocks), quantized.middle, dtype=torch.uint8)
     return q_RK, _numbers(rows.zero, quantized.bits)[:, :blocks]

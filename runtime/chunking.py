@@ -71,4 +71,5 @@ def last_positions(step: Step, lengths_B: Int64Array) -> Int64Array:
 
 def rows_that_end(step: Step, lengths_B: Int64Array) -> NDArray[np.bool_]:
     """bool [B]: the rows whose last token is in this step; see `last_positions`."""
-    return (step.token_counts_B > 0) & (step.offset + step.token_counts_B == lengths_B)
+    ends_B: NDArray[np.bool_] = (step.token_counts_B > 0) & (step.offset + step.token_counts_B == lengths_B)
+    return ends_B

@@ -97,8 +97,8 @@ class FileInfo:
 class WeightsInfo:
     """Where the weights lie and as what.
 
-    kind: "stored", the types that the checkpoint has, "fp32", converted, or "int8" or "int4", quantised. arithmetic: the
-        type that is computed in.
+    kind: "stored", as the checkpoint has them, "fp32", converted, or "int8" or "int4", quantised.
+    arithmetic: the type that is computed in.
     placement: "copied" into the bundle, checkpoint files "linked" into it, or left in a "folder".
     folder: absolute path of that folder, None for the other placements.
     types: how many tensors the graph reads by stored type, in the spelling of safetensors.

@@ -74,6 +74,11 @@ class Session:
         self._start_over(engine.batch)
 
     @property
+    def bundle(self) -> Bundle:
+        """The bundle that this session runs."""
+        return self._bundle
+
+    @property
     def manifest(self) -> Manifest:
         """The bundle's manifest."""
         return self._bundle.manifest
@@ -109,6 +114,11 @@ class Session:
         if not steps:
             raise SessionError("This session has no profile to end. Give load(..., profile=folder), and feed tokens.")
         return steps
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The plugin ops of this bundle that native kernels run; the others run their portable bodies."""
+        return self._engine.kernels
 
     @property
     def kv_bytes(self) -> int:

@@ -35,7 +35,8 @@ _STAGES = ("install", "convert", "measure")
 class Benchmark:
     """The stages of one run, with the folder that keeps what they make."""
 
-    def __init__(self, workdir: Path, only: Sequence[str]) -> None:
+    def __init__(self, workdir: Path, only: Sequence[str], *, reuse: bool) -> None:
+        self._reuse = reuse
         self.workdir = workdir.resolve()
         self.environments = Environments(self.workdir)
         self.measured = [one for one in MEASURED if _wanted(one, only)]
@@ -54,7 +55,9 @@ class Benchmark:
         done: dict[str, Conversion] = {}
         for contestant in contestants:
             if contestant.slug not in done:
-                done[contestant.slug] = convert(self.environments, contestant, checkpoint, folder / contestant.slug)
+                target = folder / contestant.slug
+                anew = contestant.ours and not self._reuse  # Cierzo's sources may have changed since
+                done[contestant.slug] = convert(self.environments, contestant, checkpoint, target, anew=anew)
         return {contestant.name: done[contestant.slug] for contestant in contestants}
 
     def measure(self, model: Model, plan: Plan, report: Report) -> None:
@@ -143,6 +146,7 @@ def main() -> None:
         metavar="NAME",
         help="engines that read 32 windows too (default: %(default)s)",
     )
+    add("--reuse", action="store_true", help="take Cierzo's bundles of the last run as well")
     add("--no-window", action="store_true", help="leave out the window check")
     add(
         "--results",
@@ -158,7 +162,7 @@ def main() -> None:
         for model in (models.QUICK if options.quick else models.FULL)
         if not options.models or any(part in model.name for part in options.models)
     ]
-    benchmark = Benchmark(options.workdir, options.only)
+    benchmark = Benchmark(options.workdir, options.only, reuse=options.reuse)
     benchmark.install()
     if options.stop_after == "install":
         return

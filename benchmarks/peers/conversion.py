@@ -31,14 +31,12 @@ class Conversion:
     error: str | None = None
 
 
-def convert(environments: Environments, contestant: Contestant, checkpoint: Path, folder: Path) -> Conversion:
-    """Convert into `folder`, or read what was converted there before.
-
-    Cierzo's own bundles are made anew every time, because its sources may have changed since; and so is whatever
-    failed.
-    """
+def convert(
+    environments: Environments, contestant: Contestant, checkpoint: Path, folder: Path, *, anew: bool
+) -> Conversion:
+    """Convert into `folder`, or read what was converted there before, unless that failed or `anew` is asked for."""
     record = folder / _RECORD
-    if record.exists() and not contestant.ours:
+    if record.exists() and not anew:
         return Conversion(**json.loads(record.read_text(encoding="utf-8")))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -93,7 +93,7 @@ class Environments:
         environment = ENVIRONMENTS[name]
         shutil.rmtree(folder, ignore_errors=True)
         print(f"installing {name}: {', '.join(environment.requirements)}", file=sys.stderr, flush=True)
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=True, symlinks=True)
         if environment.source is not None:
             download = folder / "download"
             self._pip(environment, "download", "--no-deps", f"--no-binary={environment.source}", "-d", str(download),
@@ -115,5 +115,6 @@ class Environments:
         command = [str(self.python(environment.name)), "-m", "pip", *arguments]
         with log.open("ab") as file:
             variables = {**os.environ, **environment.variables}
-            if subprocess.run(command, stdout=file, stderr=file, env=variables).returncode != 0:
-                raise SystemExit(f"Installing {environment.name} failed; {log} says why.")
+            status = subprocess.run(command, stdout=file, stderr=file, env=variables).returncode
+        if status != 0:
+            raise SystemExit(f"Installing {environment.name} ended with status {status}; {log} says why.")

@@ -30,7 +30,7 @@ class Plan:
     steps: int
     threads: int
     far: tuple[str, ...] = ()
-    keep_free: int = 8 * _GIB
+    keep_free: int = 6 * _GIB
 
 
 class Field:
@@ -77,7 +77,9 @@ class Field:
         self._decode(worker, samples, self._model.short, round_)
         if name in self._plan.far:
             self._near_and_far(worker, samples, round_)
-        if _available() < self._plan.keep_free:
+        finished = round_ + 1 == (contestant.rounds or self._plan.rounds)
+        # Whoever has read the far context stays: reading it again takes longer than everything else together.
+        if finished or (name not in self._plan.far and _available() < self._plan.keep_free):
             self._drop(name)
 
     def _loaded(self, contestant: Contestant, path: str) -> Worker:

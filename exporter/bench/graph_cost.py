@@ -8,14 +8,16 @@ Letters: B batch rows, T tokens of a step, N and K sizes of a matrix, E experts.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
-from graph_passes.ops import DOMAIN
 from runtime.bundle import Bundle
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _EXPERTS = ("MixtureOfExperts", "QuantizedMixtureOfExperts")
 _QUANTIZED = ("MatMulNBits", "QuantizedMatMul", "QuantizedMixtureOfExperts")
@@ -63,12 +65,26 @@ class GraphCost:
         return sum(cost.operations(tokens, logits) for cost in self.linear if cost.quantized == quantized)
 
 
+def require_packages() -> None:
+    """Raises ModuleNotFoundError now, and not after all measurements, when an install cannot read graphs.
+
+    The packages are imported only then, since what they take would count among an engine's memory.
+    """
+    for name in ("onnx", "onnx_ir"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def graph_cost(bundle: Bundle, native: Collection[str]) -> GraphCost:
     """Count the graph of `bundle`. No weight is read. native: the plugin ops that run as kernels of their own.
 
     Weights that the graph makes out of stored ones in float32 count as float32, for an engine makes them when it loads.
     The same goes for a StoredMatMul whose body runs.
     """
+    import onnx_ir as ir
+
+    from graph_passes.ops import DOMAIN
+
     model = ir.load(bundle.file(bundle.manifest.graph.file))
     constant = _constants(model.graph)
     heads = _heads(model.graph, bundle.manifest.graph.logits)

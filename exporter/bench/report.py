@@ -91,7 +91,10 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Groups of single tokens (in each row). milliseconds: of a step, the median over all steps of all groups."""
+    """Groups of single tokens (in each row). milliseconds: of a step, the median over all steps of all groups.
+
+    share: of the bandwidth of memory, and so above 1 where weights come out of a cache that holds them all.
+    """
 
     tokens_per_second: Spread
     milliseconds: float
@@ -149,7 +152,11 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Everything that `cierzo bench` shows. profile: "decode" and "prefill", empty when it was not asked for."""
+    """Everything that `cierzo bench` shows.
+
+    kernels: "isa", the level of instructions, "ops", the plugin ops of the graph that native kernels run, and "reason",
+    why there are none. profile: "decode" and "prefill", empty when it was not asked for.
+    """
 
     bundle: str
     model: Mapping[str, Any]

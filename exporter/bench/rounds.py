@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from exporter.bench.contexts import Plan
+from exporter.bench.contexts import Plan, position_limit
 from exporter.bench.limits import BANDWIDTH, FLOAT_PEAK, INT8_PEAK
 from exporter.bench.report import LeftOut
 from exporter.machine import seconds
@@ -70,11 +70,9 @@ class Text:
 
 
 def warm_up(session: Session, text: Text) -> None:
-    """A chunk and single tokens, so that memory is there and caches are full.
-
-    Raises InputError when the session cannot take so many rows.
-    """
-    session.forward_last(text.at(0, session.manifest.kv.chunk))
+    """A chunk and single tokens, so that memory is there and caches are full."""
+    kv = session.manifest.kv
+    session.forward_last(text.at(0, min(kv.chunk, position_limit(kv))))
     for start in range(2):
         session.reset()
         session.forward_last(text.at(start, 1))
@@ -102,7 +100,7 @@ class Rounds:
             rounds * ((prompt or 0) + sum(plan.again) + len(plan.again) * decode_tokens)
             + sum(plan.once) + len(plan.once) * rounds * decode_tokens
         )  # fmt: skip
-        self._samples = Samples()
+        self.samples = Samples()
 
     def measure(self, limit: Callable[[str], float | None]) -> Samples:
         """All rounds. limit: measures a limit by its name, see `exporter.bench.limits`."""
@@ -116,37 +114,37 @@ class Rounds:
             self._measure_once(context)
         if self._progress is not None:
             self._progress(MEASURING, self._total, self._total)
-        return self._samples
+        return self.samples
 
     def _measure_limits(self, limit: Callable[[str], float | None]) -> None:
         for name in (BANDWIDTH, FLOAT_PEAK, INT8_PEAK):
             rate = limit(name)
             if rate is not None:
-                self._samples.rates.setdefault(name, []).append(rate)
+                self.samples.rates.setdefault(name, []).append(rate)
 
     def _measure_first(self, prompt: int) -> None:
         rows = self._text.at(0, prompt).tolist()
         self._session.reset()
-        self._samples.first.append(seconds(lambda: self._session.generate_batch(rows, max_new_tokens=1)))
+        self.samples.first.append(seconds(lambda: self._session.generate_batch(rows, max_new_tokens=1)))
         self._report(prompt)
 
     def _measure_once(self, context: int) -> None:
         """A long context, unless nobody asked for it and reading takes too long."""
-        speeds = [tokens / elapsed for readings in self._samples.reading.values() for tokens, elapsed in readings]
+        speeds = [tokens / elapsed for readings in self.samples.reading.values() for tokens, elapsed in readings]
         expected = context / max(speeds, default=float("inf"))
         if self._plan.chosen and expected > PATIENCE:
             reason = (
                 f"Reading {context:,} tokens would take about {expected / 60:,.0f} minutes here. "
                 f"--contexts {context} measures it all the same."
             )
-            self._samples.left_out.append(LeftOut(f"context {context:,}", reason))
+            self.samples.left_out.append(LeftOut(f"context {context:,}", reason))
         else:
             self._measure_context(context, groups=self._rounds)
 
     def _measure_context(self, context: int, *, groups: int) -> None:
         """A text from its beginning, and what follows it."""
         self._session.reset()
-        self._samples.reading.setdefault(context, []).append((context, self._read(context)))
+        self.samples.reading.setdefault(context, []).append((context, self._read(context)))
         for group in range(groups):
             self._decode(context, context + group * self._decode_tokens)
 
@@ -167,8 +165,8 @@ class Rounds:
             ids_B1 = self._text.at(position, 1)
             times.append(seconds(partial(self._session.forward_last, ids_B1)))
         self._report(self._decode_tokens)
-        self._samples.steps.setdefault(context, []).append(times)
-        tally = self._samples.counted.setdefault(context, {})
+        self.samples.steps.setdefault(context, []).append(times)
+        tally = self.samples.counted.setdefault(context, {})
         for op, more in counted_since(before, steps=len(times)).items():
             old = tally.get(op, Counted())
             tally[op] = Counted(old.steps + more.steps, old.calls + more.calls, old.bytes + more.bytes)

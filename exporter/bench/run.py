@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bench.contexts import READ_AGAIN, plan_contexts, position_limit
-from exporter.bench.graph_cost import graph_cost
+from exporter.bench.graph_cost import graph_cost, require_packages
 from exporter.bench.limits import MachineLimits
 from exporter.bench.profile import profiles
-from exporter.bench.report import AtContext, BenchReport, LeftOut, Memory, Spread
+from exporter.bench.report import AtContext, BenchReport, LeftOut, Memory, Profile, Spread
 from exporter.bench.rounds import Rounds, Text, warm_up
 from exporter.bench.shares import decode_of, limits_of, prefill_of, step_cost
 from exporter.machine import describe, memory_of, seconds
@@ -24,6 +24,9 @@ from runtime.backends.cores import physical_cores
 from runtime.errors import InputError
 from runtime.kernels import kernels, why_none
 from runtime.manifest import Manifest
+
+LOADING, PROFILING = "loading", "profiling"
+"""Stages whose end nobody knows; MEASURING of `exporter.bench.rounds` counts tokens."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,8 +55,10 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
     """Measure the bundle in a folder.
 
     progress: called with (stage, done, total): bytes while hashes are compared, and tokens while speed is measured.
-    Raises what `runtime.load` raises, and InputError for contexts or a batch that the bundle cannot take.
+    Raises what `runtime.load` raises, InputError for contexts or a batch that the bundle cannot take, and
+    ModuleNotFoundError in an install without the packages that read graphs.
     """
+    require_packages()
     bundle = read_bundle(path, verify=options.verify, weights_folder=options.weights_folder, progress=progress)
     manifest = bundle.manifest
     plan = plan_contexts(options.contexts, manifest.kv, decode_tokens=options.decode_tokens, rounds=options.rounds)
@@ -69,6 +74,8 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
     text = Text(manifest.model.vocab_size, options.batch)
     prompt, left_out = _prompt(options.prompt, position_limit(manifest.kv))
 
+    stage = progress if progress is not None else _unseen
+    stage(LOADING, 0, 0)
     before = memory_of()
     holder: list[Session] = []
     loading = [seconds(lambda: holder.append(opened()))]
@@ -92,13 +99,14 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
         peak=end.get("VmHWM"),
         kv_bytes=session.kv_bytes,
     )
-    notes = session.notes
+    notes, native = session.notes, session.kernels
     del session, rounds
+    stage(LOADING, 0, 0)
     # Not before: what a session leaves behind would count as the next one's memory.
     loading += [seconds(opened) for _ in range(options.rounds - 1)]
 
     found = kernels()
-    cost = graph_cost(bundle, () if found is None else found.ops)
+    cost = graph_cost(bundle, native)
     measured = limits_of(samples.rates)
     longest = max(samples.counted, default=max(samples.steps))
     step = step_cost(cost, samples.counted.get(longest, {}), batch=options.batch)
@@ -111,13 +119,22 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
         for context, groups in sorted(samples.steps.items())
     )
     first = [(options.prompt, elapsed) for elapsed in samples.first]
+    profile: dict[str, Profile] = {}
+    if options.profile:
+        stage(PROFILING, 0, 0)
+        profile = profiles(
+            lambda folder: opened(profile=folder),
+            text,
+            cost,
+            context=_profiled(manifest, list(samples.steps)),
+            decode_tokens=options.decode_tokens,
+            batch=options.batch,
+        )
     return BenchReport(
         bundle=str(bundle.path),
         model=_model(manifest),
         machine=describe(),
-        kernels={"isa": None, "ops": [], "reason": why_none()}
-        if found is None
-        else {"isa": found.isa, "ops": list(found.ops), "reason": None},
+        kernels={"isa": None if found is None else found.isa, "ops": native, "reason": why_none()},
         options={
             "threads": threads,
             "batch": options.batch,
@@ -134,18 +151,13 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
         first_token=prefill_of(first, cost, measured, batch=options.batch) if first else None,
         contexts=contexts,
         left_out=(*left_out, *plan.left_out, *samples.left_out),
-        profile=profiles(
-            lambda folder: opened(profile=folder),
-            text,
-            cost,
-            context=_profiled(manifest, list(samples.steps)),
-            decode_tokens=options.decode_tokens,
-            batch=options.batch,
-        )
-        if options.profile
-        else {},
+        profile=profile,
         notes=notes,
     )
+
+
+def _unseen(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def _prompt(wanted: int, limit: int) -> tuple[int | None, tuple[LeftOut, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -33,8 +34,11 @@ def draw(report: BenchReport, console: Console) -> None:
                 f"{machine['system']}, load {machine['load_average']}",
                 "versions": f"Python {machine['python']}, {versions}",
                 "kernels": _kernels(report.kernels),
-                "measured": f"{options['threads']} threads, {options['batch']} rows, {options['rounds']} rounds, "
-                f"{options['decode_tokens']} tokens decoded in a group",
+                "measured": ", ".join(
+                    plural(options[name], word)
+                    for name, word in (("threads", "thread"), ("batch", "row"), ("rounds", "round"))
+                )
+                + f", {plural(options['decode_tokens'], 'token')} decoded in a group",
             },
         )
     )
@@ -48,11 +52,10 @@ def draw(report: BenchReport, console: Console) -> None:
         console.print(f"Left out: {escape(left_out.what)}. {escape(left_out.reason)}", soft_wrap=True)
 
 
-def _kernels(kernels: Mapping[str, object]) -> str:
+def _kernels(kernels: Mapping[str, Any]) -> str:
     if kernels["isa"] is None:
         return f"none: {kernels['reason']}"
-    ops = kernels["ops"]
-    return f"{kernels['isa']}, for {', '.join(ops) if isinstance(ops, list) else ''}"
+    return f"{kernels['isa']}, for {', '.join(kernels['ops']) or 'none of the nodes of this graph'}"
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -85,13 +88,19 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
+def plural(number: int, word: str) -> str:
+    """1 thread, 2 threads."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def _range(spread: Spread, unit: float = 1.0) -> str:
     return f"{number(spread.least / unit)} to {number(spread.most / unit)}"
 
 
 def _limits_table(report: BenchReport) -> Table:
     limits = report.limits
-    table = _table(f"The machine's limits on {report.options['threads']} threads", "limit", "median", "range")
+    threads = plural(report.options["threads"], "thread")
+    table = _table(f"The machine's limits on {threads}", "limit", "median", "range")
     rows = [
         ("memory read, GB/s", limits.read_bandwidth, 1e9),
         ("float32 product, Gop/s", limits.float_operations, 1e9),
@@ -168,10 +177,9 @@ def _reads_table(report: BenchReport) -> Table:
 
 
 def _profile_table(phase: str, profile: Profile) -> Table:
-    unit = "token" if profile.tokens == 1 else "tokens"
     table = _table(
-        f"Where the time goes: {phase}, {profile.tokens} {unit} after {profile.context:,} "
-        f"(mean of {profile.steps} steps)",
+        f"Where the time goes: {phase}, {plural(profile.tokens, 'token')} after {profile.context:,} "
+        f"(mean of {plural(profile.steps, 'step')})",
         "op", "runs as", "nodes", "ms", "share", "GB/s", "Gop/s", left=2,
     )  # fmt: skip
     rows, rest = profile.rows[:_SHOWN], profile.rows[_SHOWN:]

@@ -29,7 +29,8 @@ from exporter.layer_report import LayerReport
 from exporter.parity_tools import require_polygraphy
 from exporter.save import absolute, refuse_existing
 from exporter.taps import module_path
-from exporter.validate import boundary_lengths, open_matching
+from exporter.borders import boundary_lengths
+from exporter.validate import open_matching
 from graph_passes.graph import source_line
 from reference.checkpoint import Checkpoint
 from reference.parity import TOLERANCES

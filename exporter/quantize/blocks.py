@@ -7,8 +7,8 @@ type that it is stored in first, and choose the numbers for the rounded one, by 
             (it is negative where that weight is positive, and so no number is left unused); with zero points it maps
             the block's range, zero included, to all of it.
     search  of ten ranges, from a little wider than the weights' own to one that clips them, the one whose numbers
-            leave the least squared error once the scale is fitted to them by least squares, ⟨w, q⟩ / ⟨q, q⟩; numbers and
-            scale are then fitted to each other twice more. Where rtn is better, it is rtn.
+            leave the least squared error once the scale is fitted to them by least squares, ⟨w, q⟩ / ⟨q, q⟩; numbers
+            and scale are then fitted to each other twice more. Where rtn is better, it is rtn.
 
 runtime/kernels/cpu/quantizer_blocks.h does the same, operation by operation and in the same order, so that the bits
 are the same: sums run over a block's elements one after the other, and no product is contracted with a sum.

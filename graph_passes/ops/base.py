@@ -68,6 +68,8 @@ class PluginOp:
             f"{{\n{self.body(attributes)}\n}}\n"
         )
         proto: onnx.FunctionProto = onnx.parser.parse_function(text)
+        for index, node in enumerate(proto.node):  # an engine's profile then says of which body a node is part
+            node.name = str(index)
         return ir.serde.deserialize_function(proto)
 
     def functions(self, attributes: Attributes) -> Iterator[ir.Function]:

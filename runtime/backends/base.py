@@ -46,6 +46,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def kernels(self) -> tuple[str, ...]:
+        """The plugin ops of the graph that native kernels run, by name; the others run their function bodies."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What makes this engine slower than it could be, each a sentence for a person; mostly nothing."""
         ...

@@ -18,7 +18,7 @@ from exporter.cli import CierzoGroup, Settings, cli
 from exporter.console import explain
 from runtime.errors import CheckpointError, ParityError
 
-COMMANDS = ("inspect", "export", "generate", "validate", "bisect", "demo")
+COMMANDS = ("inspect", "export", "generate", "validate", "bisect", "bench", "demo")
 
 
 def command_that_raises(error: BaseException) -> click.Group:

@@ -58,7 +58,7 @@ def test_ids_in_and_out_far_past_the_window(toy: Path) -> None:
 
 def test_a_session_that_is_slow_for_lack_of_memory_says_so(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(toy, threads=1).notes == ()
-    monkeypatch.setattr("runtime.backends.onnxruntime.folds_weights", lambda info, available: False)
+    monkeypatch.setattr("runtime.backends.onnxruntime.folds_weights", lambda info, available, native: False)
     result = generate(toy, words(PROMPT), "--ids")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == words(TOY.greedy(PROMPT, 12)) + "\n"

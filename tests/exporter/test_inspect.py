@@ -1,96 +1,21 @@
-"""`inspect`: the published numbers from config alone, checkpoints, bundles, and tables that fit 80 columns."""
+"""`inspect`: the published numbers from config alone, checkpoints, and tables that fit 80 columns."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from exporter.inspect import CONTEXTS, InspectReport, inspect_path, kv_use, receptive_field, render
-from runtime.errors import BundleError, CheckpointError, ConfigError
-from runtime.manifest import SCHEMA_VERSION
+from exporter.inspect import CONTEXTS, inspect_path, kv_use, receptive_field
+from runtime.errors import CheckpointError, ConfigError
 from tests.support.checkpoints import load_oracle, make_checkpoint
+from tests.support.inspecting import drawn
 
 CONFIGS = Path(__file__).parents[1] / "support" / "configs"
-EXPORTED_FUSION = {
-    "nodes": {"RotaryEmbedding": 4, "GroupedQueryAttention": 0},
-    "passes": [
-        {"name": "canonicalise", "nodes_before": 297, "nodes_after": 152},
-        {"name": "rope", "nodes_before": 152, "nodes_after": 134},
-    ],
-    "fusions": [
-        {"rule": "rope", "scope": "layers.0", "error": 1.5e-07},
-        {"rule": "rope", "scope": "layers.0", "error": 0.0},
-    ],
-}
-
-
-def drawn(report: InspectReport, width: int = 80) -> str:
-    stream = io.StringIO()
-    render(report, Console(file=stream, width=width))
-    text = stream.getvalue()
-    # The path stands in one piece, so that it can be copied; everything else fits.
-    assert all(len(line) <= width for line in text.splitlines() if report.path not in line)
-    assert "…" not in text
-    return text
-
-
-def write_bundle(folder: Path, windows: tuple[int | None, ...] = (4, None), **changes: Any) -> Path:
-    """A folder that `read_bundle` accepts: the manifest of a tiny model and files of a few bytes."""
-    folder.mkdir()
-    contents = {"model.onnx": b"graph", "weights.safetensors": b"weights!", "tokenizer.json": b"{}"}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    entries = {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "blocks_sha256": None}
-        for name, content in contents.items()
-    }
-    capacities = [20 if window is None else window + 2 for window in windows]
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "cierzo_version": "0.1.0",
-        "model": {
-            "architecture": "ministral", "num_layers": len(windows), "hidden_size": 32, "num_heads": 4,
-            "num_kv_heads": 2, "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 512, "bos_token_id": 1,
-            "eos_token_ids": [2], "parameters": 12345,
-        },
-        "graph": {
-            "file": "model.onnx", "opset": 24, "input_ids": "input_ids", "start_positions": "start_positions",
-            "token_counts": "token_counts", "logit_positions": "logit_positions", "logits": "logits",
-        },
-        "kv": {
-            "dtype": "float32", "chunk": 3, "max_batch": 5, "context": 20 if None in windows else None,
-            "position_limit": None,
-            "layers": [
-                {
-                    "window": window, "capacity": capacity, "past_key": f"past.{i}.key",
-                    "past_value": f"past.{i}.value", "present_key": f"present.{i}.key",
-                    "present_value": f"present.{i}.value",
-                }
-                for i, (window, capacity) in enumerate(zip(windows, capacities, strict=True))
-            ],
-        },
-        "weights": {
-            "kind": "stored", "arithmetic": "float32", "placement": "linked", "folder": None, "types": {"BF16": 19},
-            "folded_bytes": 2048, "folding_bytes": 512, "made_bytes": 0, "making_bytes": 0,
-            "files": {"weights.safetensors": entries.pop("weights.safetensors")},
-        },
-        "tokenizer": ["tokenizer.json"],
-        "files": entries,
-        "provenance": {},
-        "fusion": EXPORTED_FUSION,
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------- published numbers
@@ -220,55 +145,6 @@ def test_refusals(tmp_path: Path) -> None:
     assert inspect_path(tmp_path, ignore_config_keys=["quux"]).model.num_layers == 32
 
 
-# ---------------------------------------------------------------------------------------------- bundles
-
-
-def test_a_bundle(tmp_path: Path) -> None:
-    folder = write_bundle(tmp_path / "bundle")
-    report = inspect_path(folder)
-    assert report == inspect_path(folder / "manifest.json")
-    assert (report.kind, report.parameters.total, report.parameters.active) == ("bundle", 12345, None)
-    assert report.receptive_field.layer_windows == (4, None)
-    bundle = report.bundle
-    assert bundle is not None
-    assert bundle.capacities == (6, 20)
-    assert bundle.kv_bytes_per_row == 2 * 2 * 8 * 4 * (6 + 20)
-    assert bundle.kv_bytes == 5 * bundle.kv_bytes_per_row
-    assert bundle.files == {"model.onnx": 5, "tokenizer.json": 2, "weights.safetensors": 8}
-    assert (bundle.arithmetic, bundle.weights_types, bundle.folded_bytes) == ("float32", {"BF16": 19}, 2048)
-    assert (bundle.weights_placement, bundle.weights_folder) == ("linked", None)
-    assert bundle.fusion == EXPORTED_FUSION
-
-
-def test_the_fusion_report_is_drawn_by_pass(tmp_path: Path) -> None:
-    text = drawn(inspect_path(write_bundle(tmp_path / "bundle")))
-    assert "297 → 152" in text
-    assert [line.split() for line in text.splitlines() if line.strip().startswith("rope")] == [
-        ["rope", "2", "layers.0", "1.5e-07", "152", "→", "134"]
-    ]
-    assert "GroupedQueryAttention" not in text  # none is left in the model
-
-
-def test_a_bundle_with_a_missing_file_is_refused(tmp_path: Path) -> None:
-    folder = write_bundle(tmp_path / "bundle")
-    (folder / "weights.safetensors").unlink()
-    with pytest.raises(BundleError, match=r"weights\.safetensors"):
-        inspect_path(folder)
-
-
-def test_torch_and_onnx_are_not_needed(tmp_path: Path) -> None:
-    paths = [write_bundle(tmp_path / "bundle"), make_checkpoint(tmp_path / "checkpoint", num_layers=1)]
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'onnx', 'onnx_ir', 'safetensors', 'transformers'): sys.modules[name] = None\n"
-        "from exporter.inspect import inspect_path\n"
-        "print(*(inspect_path(path).kind for path in sys.argv[1:]))\n"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], cwd=root, capture_output=True, text=True)
-    assert done.stdout.split() == ["bundle", "checkpoint"], done.stderr
-
-
 # ---------------------------------------------------------------------------------------------- output
 
 
@@ -304,19 +180,3 @@ def test_what_is_drawn_for_mixed_windows_and_brackets_in_a_path(tmp_path: Path) 
     assert "[red]" in text
     assert "3 of 5 layers (0, 2-3)" in text
     assert "2 of 5 layers (1, 4)" in text
-
-
-def test_what_is_drawn_for_a_bundle(tmp_path: Path) -> None:
-    text = drawn(inspect_path(write_bundle(tmp_path / "bundle")))
-    for words in (
-        "19 BF16; linked from the checkpoint",
-        "2.00 KiB",
-        "1 x 6, 1 x 20 (float32)",
-        "RotaryEmbedding",
-        "1.5e-07",
-        "weights.safetensors",
-    ):
-        assert words in text
-    sliding = drawn(inspect_path(write_bundle(tmp_path / "sliding", windows=(3, 4))))
-    assert "unbounded, every layer slides" in sliding
-    assert "6 tokens exactly, 1 + Σ(W − 1)" in sliding

@@ -60,6 +60,9 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "copied": lambda folder: made(checkpoint(dtype="bfloat16"), folder / "bundle", copy=True),
     "converted": lambda folder: made(checkpoint(dtype="bfloat16"), folder / "bundle", weights="fp32"),
     "in its folder": in_its_folder,
+    "quantised": lambda folder: made(
+        checkpoint(dtype="bfloat16"), folder / "bundle", weights="int4", zero_points=True, keep=["lm_head=int8"]
+    ),
 }
 
 
@@ -93,6 +96,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no hash": lambda m: m["files"]["model.onnx"].update(sha256=None),
     "another type": lambda m: m["weights"].update(types={"F64": 3}),
     "another placement": lambda m: m["weights"].update(placement="sent"),
+    "another block": lambda m: m["weights"].update(quantization={"bits": 4, "block_size": 48}),
     "a ring without slots": lambda m: m["kv"]["layers"][0].update(capacity=0),
 }
 

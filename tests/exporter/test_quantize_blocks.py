@@ -141,7 +141,9 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 def test_float64_is_taken_as_float32() -> None:
     quantized = QuantizedFormat(4, 32, False, "F16")
-    wide, narrow = (quantize_rows(weights().to(dtype), quantized, search=True) for dtype in (torch.float64, torch.float32))
+    wide, narrow = (
+        quantize_rows(weights().to(dtype), quantized, search=True) for dtype in (torch.float64, torch.float32)
+    )
     assert wide is not None
     assert narrow is not None
     assert torch.equal(wide.packed, narrow.packed)
@@ -155,11 +157,11 @@ def scales(value: float, quantized: QuantizedFormat) -> torch.Tensor:
 
 def test_scales_that_float16_cannot_hold_are_refused() -> None:
     half, single = (QuantizedFormat(4, 32, False, scale) for scale in ("F16", "F32"))
-    with pytest.raises(ExportError, match="65504.*--scales float32"):
+    with pytest.raises(ExportError, match=r"65504.*--scales float32"):
         ScaleCheck("layers.0.x", half).see(scales(1e6, half))
     check = ScaleCheck("layers.0.x", half)
     check.see(scales(1e-5, half))
-    with pytest.raises(ExportError, match="layers.0.x has weights so small.*--scales float32"):
+    with pytest.raises(ExportError, match=r"layers.0.x has weights so small.*--scales float32"):
         check.finish()
     for values in ([1e-5, 1.0], [0.0], [1.0]):  # one that is large enough, or none at all
         check = ScaleCheck("layers.0.x", half)

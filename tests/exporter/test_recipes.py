@@ -28,7 +28,7 @@ from exporter.recipes import (
 from exporter.weights import WEIGHTS_FILE, plan_file, write_weights
 from graph_passes.unbound import UnboundWeight
 from reference.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
-from reference.weights import bind, load_parameter
+from reference.weights import WeightSource, bind, load_parameter
 from runtime.errors import TraceError
 from tests.support.bundles import checkpoint
 from tests.support.checkpoints import make_checkpoint
@@ -105,7 +105,7 @@ def check(opened: Checkpoint, model: ir.Model, folder: Path) -> None:
 
 def bound(opened: Checkpoint, folder: Path) -> ir.Model:
     """The graph of all parameters, reading the checkpoint's files, which are linked into `folder`."""
-    sources = bind(opened)
+    sources = {name: source for name, source in bind(opened).items() if isinstance(source, WeightSource)}
     model = graph_with({name: source.shape for name, source in sources.items()})
     files = sorted({entry.file for entry in opened.tensors.values()})
     for file in files:
@@ -205,7 +205,7 @@ def test_bytes_of_folding() -> None:
 
 def test_graph_and_files_must_name_the_same_parameters(tmp_path: Path) -> None:
     opened = opened_case("bfloat16, tied", tmp_path)
-    sources = bind(opened)
+    sources = {name: source for name, source in bind(opened).items() if isinstance(source, WeightSource)}
     recipes = referenced(opened, sources, {entry.file: "f" for entry in opened.tensors.values()})
     shapes = {name: source.shape for name, source in sources.items()}
     short = dict(shapes)

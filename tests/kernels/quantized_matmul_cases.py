@@ -1,7 +1,7 @@
 """Cases of QuantizedMatMul, for this process's level of instructions.
 
-Truth is numpy in float64 over activations that were rounded by the kernel's rule, so that only the order of float32 sums
-is left to differ.
+Truth is numpy in float64 over activations that were rounded by the kernel's rule, so that only the order of float32
+sums is left to differ.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def matrix(N: int, K: int, bits: int, block: int, zeros: bool, scale: npt.DTypeL
 
 
 def rounded(x: Floats, block: int) -> Wide:
-    """Activations [M, K] after rounding in blocks: the rule of runtime/kernels/cpu/quantized_rows.h."""
+    """Activations [M, K] after rounding in blocks: the rule of runtime/kernels/cpu/quantized_matmul.h."""
     M, K = x.shape
     blocks = -(-K // block)
     whole = np.pad(x, [(0, 0), (0, -K % block)]).reshape(M, blocks, block)

@@ -93,7 +93,8 @@ def overflow_is_infinite() -> None:
         found, expected = natively(values, quantized, True), in_torch(values, quantized, True)
         assert found is not None
         assert expected is not None
-        assert found.scale.isinf().flatten().tolist() == expected.scale.isinf().flatten().tolist() == [False, True, False]
+        for made in (found, expected):
+            assert made.scale.isinf().flatten().tolist() == [False, True, False]
 
 
 def no_rows() -> None:
@@ -105,7 +106,7 @@ def no_rows() -> None:
 CASES: dict[str, Callable[[], None]] = {
     **{
         f"{columns} columns of {dtype}": partial(same_bits, columns, dtype)
-        for columns in (1, 16, 17, 64, 300)
+        for columns in (1, 17, 300)
         for dtype in DTYPES
     },
     **{f"not finite, {dtype}": partial(not_finite_is_seen, dtype) for dtype in DTYPES},

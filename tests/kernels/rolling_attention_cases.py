@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -134,7 +135,8 @@ def check(case: Case, kind: str) -> None:
         _check_step(case, kind, turned, inputs, outputs)
         inputs |= {past: outputs[present] for present, past in aliases.items()}
         start, count = inputs["start"], inputs["count"]
-        assert start is not None and count is not None
+        assert start is not None
+        assert count is not None
         inputs["start"] = start + count
 
 
@@ -160,7 +162,9 @@ def _check_step(
     if kind == INT8:
         wide = [x * outputs[f"present_{n}_scale"][..., None] for x, n in zip(wide, ("key", "value"), strict=True)]
     # Slots that the step overwrote are not among those that its tokens see, as the ring is large enough.
-    query, query32 = (rotated(case, *(present[n] for n in ("query", "cos", "sin")), d) for d in ("float64", "float32"))
+    query, query32 = (
+        rotated(case, present["query"], present["cos"], present["sin"], dtype) for dtype in ("float64", "float32")
+    )
     result = outputs["attended"]
     for b in range(len(start)):
         assert not result[b, int(count[b]) :].any(), "padding is attended with zeros"
@@ -187,12 +191,12 @@ def _turned_by_kernel(turned: Case, present: dict[str, Array]) -> Floats:
     return np.asarray(ring[:, :, :T].transpose(0, 2, 1, 3), np.float32)
 
 
-def one_row(window: int, chunk: int, total: int, **sizes: int) -> Case:
-    """A text of `total` tokens in chunks on the smallest ring, beside the same text begun three tokens later."""
+def one_row(window: int, chunk: int, total: int) -> Case:
+    """A text of `total` tokens in chunks on the smallest ring, beside the same text one step later."""
     counts = [chunk] * (total // chunk) + ([total % chunk] if total % chunk else [])
-    steps = [(counts[0], 0), *((count, before) for before, count in zip(counts, counts[1:], strict=False))]
+    steps = [(counts[0], 0), *((count, before) for before, count in pairwise(counts))]
     slots = total if window == 0 else window + chunk - 1
-    return Case(window, (0, 0), tuple(steps), slots, chunk, **sizes)
+    return Case(window, (0, 0), tuple(steps), slots, chunk)
 
 
 def _boundaries() -> Iterator[Case]:

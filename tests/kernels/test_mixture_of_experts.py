@@ -8,5 +8,6 @@ from tests.support.kernels import levels, run_cases
 
 
 @pytest.mark.parametrize("level", levels())
-def test_all_cases(level: str) -> None:
-    assert run_cases("mixture_of_experts_cases", level).startswith(level)
+@pytest.mark.parametrize("module", ["mixture_of_experts_cases", "quantized_mixture_of_experts_cases"])
+def test_all_cases(module: str, level: str) -> None:
+    assert run_cases(module, level).startswith(level)

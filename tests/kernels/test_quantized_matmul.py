@@ -35,9 +35,7 @@ def test_kernel_and_body_are_one_function(bits: int, zeros: bool, rows: int) -> 
     x = activations(rows, 256)
     functions = [ir.to_proto(f) for f in QUANTIZED_MATMUL.functions(weight.attributes)]
     inputs = {"x": x, **weight.inputs}
-    body = Node(
-        "QuantizedMatMul", inputs, {"y": np.float32}, weight.attributes, native=False, functions=functions
-    )
+    body = Node("QuantizedMatMul", inputs, {"y": np.float32}, weight.attributes, native=False, functions=functions)
     kernel = Node("QuantizedMatMul", inputs, {"y": np.float32}, weight.attributes)
     step_MB = np.abs(x).reshape(rows, -1, 32).max(-1).astype(np.float64) / 127
     met_NB = np.abs(weight.dense_NK).reshape(48, -1, 32).sum(-1)

@@ -33,13 +33,13 @@ def case_of(name: str) -> Exported:
     return exported(chunk=CHUNK, **CASES[name])
 
 
-def tapped(case: Exported, position_BR: Int64Array) -> tuple[Array, dict[str, Array]]:
+def tapped(case: Exported, position_BR: Int64Array, *, native: bool) -> tuple[Array, dict[str, Array]]:
     """Logits of a first chunk, and what the final norm and the head gave out, by the graph in the bundle's file."""
     bundle = read_bundle(case.bundle)
     model = load_graph(bundle)
     names = {path: value for path, value in modules_of(model).items() if path in ("norm", "lm_head")}
     assert len(names) == 2
-    session = open_session(with_outputs(model, names.values()), bundle.weights_folder, threads=1)
+    session = open_session(with_outputs(model, names.values()), bundle.weights_folder, native=native, threads=1)
     sizes, kv = bundle.manifest.model, bundle.manifest.kv
     feeds: dict[str, Array] = {
         "input_ids": np.random.default_rng(0).integers(0, sizes.vocab_size, (BATCH, CHUNK)),
@@ -54,14 +54,18 @@ def tapped(case: Exported, position_BR: Int64Array) -> tuple[Array, dict[str, Ar
     return logits, dict(zip(names, taps, strict=True))
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "bodies"])
 @pytest.mark.parametrize("name", CASES)
-def test_norm_and_head_see_the_tokens_asked_for_and_no_other(name: str) -> None:
+def test_norm_and_head_see_the_tokens_asked_for_and_no_other(name: str, native: bool) -> None:
     case = case_of(name)
     config = case.opened().config
-    every_BTV, _ = tapped(case, np.tile(np.arange(CHUNK), (BATCH, 1)))
-    for asked in ([[], []], [[CHUNK - 1], [2]], [[1, 1, 0], [2, 0, 1]], [[0, 1, 2, 3, 4], [2, 2, 1, 0, 0]]):
+    every_BTV, _ = tapped(case, np.tile(np.arange(CHUNK), (BATCH, 1)), native=native)
+    choices: list[list[list[int]]] = [
+        [[], []], [[CHUNK - 1], [2]], [[1, 1, 0], [2, 0, 1]], [[0, 1, 2, 3, 4], [2, 2, 1, 0, 0]]
+    ]  # fmt: skip
+    for asked in choices:
         position_BR = np.array(asked, np.int64)
-        logits_BRV, taps = tapped(case, position_BR)
+        logits_BRV, taps = tapped(case, position_BR, native=native)
         rows = position_BR.size
         assert taps["lm_head"].size == rows * config.vocab_size
         assert taps["norm"].size == rows * config.hidden_size
@@ -81,10 +85,16 @@ class Recorder:
         self.asked: list[tuple[int, int]] = []
         engine.step = self.step  # type: ignore[method-assign]
 
-    def step(self, ids: Int64Array, start: Int64Array, count: Int64Array, position: Int64Array) -> NDArray[np.float32]:
-        logits_BRV = self._step(ids, start, count, position)
-        assert logits_BRV.shape[:2] == position.shape
-        self.asked.append((ids.shape[1], position.shape[1]))
+    def step(
+        self,
+        input_ids: Int64Array,
+        start_positions: Int64Array,
+        token_counts: Int64Array,
+        logit_positions: Int64Array,
+    ) -> NDArray[np.float32]:
+        logits_BRV = self._step(input_ids, start_positions, token_counts, logit_positions)
+        assert logits_BRV.shape[:2] == logit_positions.shape
+        self.asked.append((input_ids.shape[1], logit_positions.shape[1]))
         return logits_BRV
 
 

@@ -27,7 +27,16 @@ from reference.weights import (
 from runtime.errors import CheckpointError
 from tests.support.checkpoints import load_oracle, oracle_logits
 from tests.support.parity import largest_error, random_rows
-from tests.support.quantized_checkpoints import Kind, Made, edit_quantization, edit_tensors, is_linear, make_quantized
+from tests.support.quantized_checkpoints import (
+    Kind,
+    Made,
+    edit_quantization,
+    edit_tensors,
+    is_linear,
+    make_quantized,
+    quantize_folder,
+)
+from tests.support.twins import make_twin, published, shrunk
 
 KINDS = [
     Kind("gptq"),
@@ -54,7 +63,7 @@ FUSED = {"architecture": "phi3", "num_kv_heads": 2, "head_dim": 16}
 
 def assert_twins(made: Made, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, dict[str, Any]]:
     """Every parameter of the packed checkpoint has the value that it has in the plain one."""
-    packed, plain = open_checkpoint(made.packed), open_checkpoint(made.plain)
+    packed, plain = (open_checkpoint(folder, text_only=True) for folder in (made.packed, made.plain))
     sources, want = bind(packed), bind(plain)
     assert sources.keys() == want.keys()
     for name, source in sources.items():
@@ -117,7 +126,7 @@ def test_integers_zero_points_and_scales_are_those_of_the_file(tmp_path: Path, k
         assert isinstance(source, PackedSource)
         q, scale, zero = made.q[f"model.layers.0.{name}"]
         group = np.arange(source.format.blocks(q.shape[1])) * source.format.block_size * scale.shape[1] // q.shape[1]
-        for first, last in ((0, len(q)), (0, 1), (5, 14), (8, 16), (len(q) - 3, len(q))):
+        for first, last in ((0, len(q)), (0, 1), (5, 14), (8, 16), (9, 9), (len(q) - 3, len(q))):
             rows = read_packed(checkpoint, source, None, first, last)
             found_q, found_zero = unpack(rows, source.format, q.shape[1])
             assert np.array_equal(found_q.numpy(), q[first:last])
@@ -142,16 +151,19 @@ def test_blocks_that_stand_for_groups(tmp_path: Path, group: int, inner: int, bl
     assert source.format.block_size == block
 
 
-def test_rows_that_no_block_divides(tmp_path: Path) -> None:
-    """One group of 72 columns in blocks of 128, of which the only one is partial."""
+def test_rows_that_fill_neither_blocks_nor_words(tmp_path: Path) -> None:
+    """One group of 76 columns in blocks of 128, of which the only one is partial; 60 zero points in words of eight."""
     made = make_quantized(
-        tmp_path, Kind("pack-quantized", group=-1), num_layers=1, intermediate_size=72,
-        takes=lambda name: name.endswith("down_proj.weight"),
+        tmp_path, Kind("pack-quantized", group=-1), num_layers=1, intermediate_size=76, vocab_size=60,
+        takes=lambda name: name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight"),
     )  # fmt: skip
+    edit_quantization(made.packed, {"ignore": []})
     _, sources = assert_twins(made)
-    source = sources["layers.0.mlp.down_proj.weight"]
+    source, head = sources["layers.0.mlp.down_proj.weight"], sources[LM_HEAD]
     assert isinstance(source, PackedSource)
-    assert (source.format.block_size, source.format.blocks(72)) == (128, 1)
+    assert isinstance(head, PackedSource)
+    assert (source.format.block_size, source.format.blocks(76)) == (128, 1)
+    assert (head.format.block_size, head.shape) == (64, (60, 64))
 
 
 def test_what_else_may_be_packed_or_left(tmp_path: Path) -> None:
@@ -170,6 +182,20 @@ def test_what_else_may_be_packed_or_left(tmp_path: Path) -> None:
     names = [name for name, source in sources.items() if isinstance(source, PackedSource)]
     assert names == ["layers.0.moe.router.weight", "layers.1.self_attn.o_proj.weight", LM_HEAD]
     assert isinstance(sources[EMBEDDING], WeightSource)
+
+
+@pytest.mark.parametrize("old_names", [True, False])
+def test_the_text_side_of_a_model_with_a_vision_tower(tmp_path: Path, old_names: bool) -> None:
+    """Its config is the wrapper's; what is packed of the vision tower is as unread as the rest of that."""
+    plain = make_twin(tmp_path / "plain", shrunk(published("Mistral-Small-3.1-24B")), old_names=old_names)
+    made = quantize_folder(plain, Kind("pack-quantized", bits=8, group=-1))
+    packed, sources = assert_twins(made)
+    assert {name for name, source in sources.items() if isinstance(source, PackedSource)} == set(
+        filter(is_linear, sources)
+    )
+    unread = [name for name in packed.tensors if name.endswith("weight_packed") and "vision_tower" in name]
+    assert unread
+    assert all(reason_unused(packed, name) is not None for name in unread)
 
 
 def test_biases_stay_and_those_of_zeros_are_left_out(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_rows_that_the_format_does_not_hold() -> None:
     quantized = QuantizedFormat(4, 16, True, "F16")
     q, scale, zero = random_rows(2, 40, quantized)
     assert zero is not None
-    for bad, words in (
+    cases: tuple[tuple[Rows, str], ...] = (
         ((q + 10, scale, zero), "end at 15"),
         ((q, scale, zero + 10), "end at 15"),
         ((q, scale.float(), zero), "scales of quantised rows are torch.float32"),
@@ -128,6 +128,7 @@ def test_rows_that_the_format_does_not_hold() -> None:
         ((q, scale, zero[:1]), r"zero points of quantised rows are torch.uint8 \[1, 3\]"),
         ((q.int(), scale, zero), "elements of quantised rows are torch.int32"),
         ((q, scale, None), "or none for one that has them"),
-    ):
+    )
+    for bad, words in cases:
         with pytest.raises(ExportError, match=words):
             pack_rows(*bad, quantized)

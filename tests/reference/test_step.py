@@ -124,7 +124,8 @@ def test_logits_are_those_of_the_tokens_asked_for() -> None:
     ids = torch.randint(0, 64, (2, 4), generator=torch.Generator().manual_seed(1))
     start, count, rings = torch.tensor([0, 0]), torch.tensor([4, 3]), empty_rings(step, [8, 8], 2)
     every, rolled = step(ids, start, count, torch.arange(4).expand(2, 4), rings)
-    for asked in ([[3], [2]], [[2, 0], [1, 1]], [[0, 1, 2, 3, 3], [0, 2, 0, 2, 0]], [[], []]):
+    choices: list[list[list[int]]] = [[[3], [2]], [[2, 0], [1, 1]], [[0, 1, 2, 3, 3], [0, 2, 0, 2, 0]], [[], []]]
+    for asked in choices:
         position = torch.tensor(asked, dtype=torch.int64)
         some, same = step(ids, start, count, position, rings)
         index = position[:, :, None].expand(*position.shape, step.config.vocab_size)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reference.checkpoint import SINGLE_FILE, open_checkpoint
-from reference.weights import bind, load_parameter, parameter_shapes, unused_reason
+from reference.weights import WeightSource, bind, load_parameter, parameter_shapes, unused_reason
 from runtime.errors import CheckpointError
 from tests.support.checkpoints import load_oracle, make_checkpoint
 from tests.support.twins import make_twin, published, shrunk
@@ -122,6 +122,7 @@ def test_shapes_of_the_sources(tmp_path: Path) -> None:
         for name, source in bind(checkpoint).items():
             assert source.parameter == name
             assert load_parameter(checkpoint, source, torch.float32).shape == source.shape
+            assert isinstance(source, WeightSource)
             assert all(checkpoint.tensors[piece.tensor].shape == piece.tensor_shape for piece in source.pieces)
 
 
@@ -136,7 +137,7 @@ def test_the_text_side_of_a_model_with_a_vision_tower(tmp_path: Path, name: str,
     loaded, expected = ours(folder), theirs(folder)
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
-    used = {piece.tensor for source in bind(checkpoint).values() for piece in source.pieces}
+    used = {name for source in bind(checkpoint).values() for name in source.tensors}
     images = [name for name in checkpoint.tensors if name not in used]
     assert {name.removeprefix("model.").split(".")[0] for name in images} == {"vision_tower", "multi_modal_projector"}
     for unread in images:

@@ -8,6 +8,7 @@ import pytest
 
 from reference.config import ModelConfig
 from tests.support.config_json import of_transformers, refusal, small
+from tests.support.quantized_checkpoints import Kind, quantization_config
 from tests.support.twins import published
 
 
@@ -61,6 +62,12 @@ def test_the_wrapper_decides_about_tied_embeddings(kind: str, outside: bool | No
         assert ours == bool(inside)
     else:
         assert ours == of_transformers(config).tie_word_embeddings
+
+
+def test_how_tensors_are_packed_is_said_outside() -> None:
+    packed = quantization_config(Kind("awq", group=128))
+    config = ModelConfig.from_hf(wrapped(quantization_config=packed), text_only=True)
+    assert config.quantization == ModelConfig.from_hf(small(quantization_config=packed)).quantization is not None
 
 
 def test_dtype_and_end_tokens_of_the_wrapper() -> None:

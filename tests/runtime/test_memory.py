@@ -92,7 +92,7 @@ def test_the_engine_asks_for_what_is_there(tmp_path: Path, monkeypatch: pytest.M
     bundle = write_toy_bundle(tmp_path / "bundle")
     asked: list[tuple[int, int | None]] = []
 
-    def decide(info: WeightsInfo, available: int | None) -> bool:
+    def decide(info: WeightsInfo, available: int | None, *, native: bool) -> bool:
         asked.append((info.folding_bytes, available))
         return False
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,8 @@ import onnxruntime
 
 from runtime.kernels import kernels, library_path
 
-Array = npt.NDArray[np.generic]
-Attributes = Mapping[str, int | float | str]
+Array = npt.NDArray[Any]
+Attributes = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ("portable", "avx2", "avx512")
 """The levels of x86-64, each with all that the ones before it have."""
@@ -60,6 +61,7 @@ class Node:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
+        options.enable_cpu_mem_arena = False  # or a sanitizer could not tell one tensor from the next
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         if native:
             options.register_custom_ops_library(str(library_path()))
@@ -95,7 +97,7 @@ def _value_info(name: str, dtype: np.dtype[np.generic], rank: int | None) -> onn
 
 
 def run_cases(module: str, level: str, **environment: str) -> str:
-    """Runs all cases of tests/kernels/<module>.py in a process at this level; what it printed. Fails with its output."""
+    """What all cases of tests/kernels/<module>.py print, run in a process at this level. Fails with its output."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     variables.pop("CIERZO_KERNELS", None)
     if level not in levels():

@@ -62,8 +62,12 @@ def make_quantized(
 ) -> Made:
     """Write `folder`/packed and `folder`/plain. options: of `make_checkpoint`. takes: which 2-D weights, by name."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2}
-    plain = make_checkpoint(folder / "plain", **(sizes | options), seed=seed)
-    packed = folder / "packed"
+    return quantize_folder(make_checkpoint(folder / "plain", **(sizes | options), seed=seed), kind, takes, seed)
+
+
+def quantize_folder(plain: Path, kind: Kind, takes: Callable[[str], bool] = is_linear, seed: int = 0) -> Made:
+    """As `make_quantized`, of a checkpoint that is there: `plain` gets the rounded values, its neighbour is packed."""
+    packed = plain.with_name("packed")
     shutil.copytree(plain, packed)
     tensors = load_file(plain / "model.safetensors")
     made, stored, dense = {}, {}, {}

@@ -32,13 +32,14 @@ class OnnxRuntimeGenai(Feeding):
         self._model = self._genai.Model(config)
         decoder = json.loads((Path(path) / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
         self._layers = decoder["num_hidden_layers"]
-        self._window = len(decoder.get("sliding_window", {}).get("layers", []))
+        window = decoder.get("sliding_window", {})
+        self._window = window["window_size"] if window.get("layers") else 0
 
     def open(self, slot: str, capacity: int) -> None:
-        """A generator with room for `capacity` tokens."""
+        """A generator with room for `capacity` tokens, but for a window at least: with less it fails at the first."""
         self._generators.pop(slot, None)
         parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=capacity, do_sample=False)
+        parameters.set_search_options(max_length=max(capacity, 2 * self._window), do_sample=False)
         self._generators[slot] = self._genai.Generator(self._model, parameters)
 
     def feed(self, slot: str, ids: Sequence[int]) -> Logits:

@@ -23,8 +23,8 @@ static float activated(Activation kind, float x) {
     case GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
     case GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
     case QUICK_GELU: return x * sigmoid(1.702f * x);
-    case RELU: return x > 0 ? x : x * 0.0f; /* keeps a NaN */
-    case RELU2: return x > 0 ? x * x : x * 0.0f;
+    case RELU: return x < 0 ? 0.0f : x; /* keeps a NaN */
+    case RELU2: return x < 0 ? 0.0f : x * x;
     case SIGMOID: return sigmoid(x);
     default: return tanhf(x);
     }

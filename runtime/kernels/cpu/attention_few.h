@@ -1,6 +1,12 @@
 /* FewQueries: every key and value goes from memory through a register once. Part of attention_loops.h. */
 
-enum { FEW_SLOTS = 64, FEW_KEYS = VEC / FEW_ROWS };
+enum { FEW_SLOTS = 64, FEW_KEYS = VEC / FEW_ROWS, AHEAD = 8192 };
+
+/* Asks for what is read AHEAD bytes later: keys and values alternate too fast for the machine to find out by itself. */
+INLINE void ask_for(const char *at, int64_t bytes) {
+    const uintptr_t ahead = (uintptr_t)at + AHEAD; /* may be past the ring's end, where asking does no harm */
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)(ahead + (uintptr_t)i), 0, 3);
+}
 
 /* score[r, j] of FEW_ROWS rows */
 INLINE void few_scores(const RingKind kind, const FewQueries *q, const float *query, const char *key, int64_t count,
@@ -10,6 +16,7 @@ INLINE void few_scores(const RingKind kind, const FewQueries *q, const float *qu
         const char *at[FEW_KEYS];
         /* Past the last key it is taken again. */
         UNROLL for (int k = 0; k < FEW_KEYS; k++) at[k] = key + (j + k < count ? j + k : count - 1) * bytes;
+        UNROLL for (int k = 0; k < FEW_KEYS; k++) ask_for(at[k], bytes);
         Vec sum[FEW_ROWS * FEW_KEYS];
         UNROLL for (int i = 0; i < FEW_ROWS * FEW_KEYS; i++) sum[i] = zero();
         for (int64_t d = 0; d < whole; d += VEC) {
@@ -42,6 +49,7 @@ INLINE void few_columns(const RingKind kind, const int vecs, int64_t tail, const
         sum[r][v] = load(attended + r * width + c + v * VEC);
     for (int64_t j = 0; j < count; j++) {
         const char *at = value + j * bytes;
+        if (c == 0) ask_for(at, bytes);
         Vec x[TILE_VECS];
         UNROLL for (int v = 0; v < vecs; v++)
             x[v] = tail != 0 ? widened_tail(kind, at, c + v * VEC, tail) : widened(kind, at, c + v * VEC);

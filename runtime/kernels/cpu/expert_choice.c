@@ -63,7 +63,8 @@ static void sum_tokens(void *data, size_t item) {
         float *y = sum->y + n * sum->C;
         memset(y, 0, sizeof *y * (size_t)sum->C);
         for (int64_t i = n * choice->K; i < (n + 1) * choice->K; i++)
-            if (choice->place[i] >= 0) add_weighted(y, sum->results + choice->place[i] * sum->C, sum->weight[i], sum->C);
+            if (choice->place[i] >= 0)
+                add_weighted(y, sum->results + choice->place[i] * sum->C, sum->weight[i], sum->C);
     }
 }
 

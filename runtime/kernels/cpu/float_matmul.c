@@ -25,9 +25,12 @@ void multiply_few(const float *const *rows, int M, const StoredWeight *weight, i
     kernels()->few(rows, M, weight, first, count, y, y_stride);
 }
 
-void pack_panel(const float *const *rows, int count, int64_t K, float *panel) { kernels()->pack(rows, count, K, panel); }
+void pack_panel(const float *const *rows, int count, int64_t K, float *panel) {
+    kernels()->pack(rows, count, K, panel);
+}
 
-void multiply_panels(const float *packed, int panels, const StoredWeight *weight, int64_t first, int count, float *sums) {
+void multiply_panels(const float *packed, int panels, const StoredWeight *weight, int64_t first, int count,
+                     float *sums) {
     kernels()->panels(packed, panels, weight, first, count, sums);
 }
 

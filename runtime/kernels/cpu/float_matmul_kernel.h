@@ -14,7 +14,7 @@ enum {
     AHEAD = 2,                 /* tiles of few rows between the one that is multiplied and the one that is fetched */
     FEW_CACHED = 6144,         /* numbers of x that stay in half the first-level cache */
     VECTORS = PANEL / LANES,   /* of a panel */
-    DEPTH = 256,               /* numbers of K that a tile of widened weights holds: it stays in the first-level cache */
+    DEPTH = 256,               /* numbers of K that a tile of widened weights holds, so that it stays in that cache */
     TILE_STRIDE = DEPTH + 16,  /* no power of two, so that the rows of a tile fall into different sets of the cache */
 };
 
@@ -69,7 +69,8 @@ ALWAYS void few_tile(const int M, const int R, const int type, const float *cons
         UNROLL
         for (int r = 0; r < R; r++) {
             float sum = sum_lanes(sums[m][r]);
-            for (int64_t i = whole; i < depth; i++) sum += x[m][k + i] * stored_number(type, weights + r * stride * size, i);
+            const char *row = weights + r * stride * size;
+            for (int64_t i = whole; i < depth; i++) sum += x[m][k + i] * stored_number(type, row, i);
             y[m * y_stride + r] = k > 0 ? y[m * y_stride + r] + sum : sum;
         }
 }
@@ -149,15 +150,16 @@ typedef struct Ahead {
 } Ahead;
 
 /* One tile of weights by P panels, which are `stride` numbers apart. Sums of a panel: [BLOCK, PANEL]. */
-ALWAYS void multiply_tile(const int P, const float *tile, const float *x, int64_t stride, int depth, int add, float *sums,
-                          Ahead ahead) {
+ALWAYS void multiply_tile(const int P, const float *tile, const float *x, int64_t stride, int depth, int add,
+                          float *sums, Ahead ahead) {
     Vector in_registers[ROWS][SPAN * VECTORS];
     UNROLL
     for (int r = 0; r < ROWS; r++)
         UNROLL
         for (int v = 0; v < P * VECTORS; v++) in_registers[r][v] = (Vector){0};
     for (int k = 0; k < depth;) {
-        for (int r = 0; r < ahead.count; r++) __builtin_prefetch(ahead.rows + r * ahead.row_bytes + k * ahead.size, 0, 2);
+        for (int r = 0; r < ahead.count; r++)
+            __builtin_prefetch(ahead.rows + r * ahead.row_bytes + k * ahead.size, 0, 2);
         for (const int end = depth - k < 16 ? depth : k + 16; k < end; k++) {
             Vector here[SPAN * VECTORS];
             UNROLL
@@ -193,8 +195,8 @@ static void panels(const float *packed, int number, const StoredWeight *weight, 
             float *to = sums + n * PANEL;
             /* The next tile is fetched while this one is multiplied, a share of its rows with each step. */
             const int64_t next_n = n + ROWS < count ? n + ROWS : 0, next_k = n + ROWS < count ? k : k + DEPTH;
-            Ahead ahead = {(const char *)weight->data + ((first + next_n) * weight->K + next_k) * size, weight->K * size,
-                           (ROWS + steps - 1) / steps, size};
+            Ahead ahead = {(const char *)weight->data + ((first + next_n) * weight->K + next_k) * size,
+                           weight->K * size, (ROWS + steps - 1) / steps, size};
             for (int p = 0; p < number; p += SPAN) {
                 float *sums_of = to + p * (BLOCK * PANEL);
                 if (p + SPAN <= number) multiply_tile(SPAN, tile, x + p * stride, stride, depth, k > 0, sums_of, ahead);

@@ -1,7 +1,11 @@
 /* The loops of float_matmul.h with vectors of four, which every machine's compiler knows. */
 #include "float_matmul_isa.h"
 
+#if defined(CIERZO_ARM)
+enum { LANES = 4, ROWS = 4, SPAN = 1, FEW_SUMS = 16 }; /* 32 registers */
+#else
 enum { LANES = 4, ROWS = 2, SPAN = 1, FEW_SUMS = 8 };
+#endif
 typedef float Vector __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(16)));
 

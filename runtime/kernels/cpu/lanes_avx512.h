@@ -12,8 +12,9 @@ static inline __attribute__((always_inline)) __m512 joined(__m512 a, __m512 b, c
     return by_larger ? larger(a, b) : _mm512_add_ps(a, b);
 }
 
-/* Lane i of the result is what the lanes of vector i give together; vectors from `count` (4, 8 or 16) on count as zero. */
-static inline __attribute__((always_inline)) __m512 lanes_joined(const __m512 *v, const int count, const int by_larger) {
+/* Lane i of the result is what the lanes of vector i give together; vectors from `count` (4, 8 or 16) on are zero. */
+static inline __attribute__((always_inline)) __m512 lanes_joined(const __m512 *v, const int count,
+                                                                 const int by_larger) {
     __m512 quarter[4]; /* quarter j, 128-bit lane i: what is left of vector 4 j + i */
     UNROLL for (int j = 0; j < 4; j++) {
         quarter[j] = _mm512_setzero_ps();
@@ -32,7 +33,8 @@ static inline __attribute__((always_inline)) __m512 lanes_joined(const __m512 *v
         half[i] = joined(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b), by_larger);
     }
     __m512d a = _mm512_castps_pd(half[0]), b = _mm512_castps_pd(half[1]);
-    __m512 all = joined(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)), by_larger);
+    __m512 low = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), high = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    __m512 all = joined(low, high, by_larger);
     const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     return _mm512_permutexvar_ps(order, all);
 }

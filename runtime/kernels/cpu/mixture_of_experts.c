@@ -37,7 +37,8 @@ static int64_t room_of(const Job *job, int64_t chosen) {
 }
 
 static StoredWeight matrix(const Job *job, const char *stack, int64_t chosen, int64_t N, int64_t K) {
-    return (StoredWeight){stack + (size_t)(job->choice.expert[chosen] * N * K) * stored_bytes(job->type), N, K, job->type};
+    const size_t before = (size_t)(job->choice.expert[chosen] * N * K);
+    return (StoredWeight){stack + before * stored_bytes(job->type), N, K, job->type};
 }
 
 /* One item of a stage: its number among its expert's items, the expert's tokens and where their rows lie. */
@@ -53,8 +54,8 @@ static Place placed(const Job *job, size_t item) {
     return place;
 }
 
-static void run_stage(const State *state, OrtKernelContext *context, Job *job, int64_t (*items_of)(const Job *, int64_t M),
-                      void (*work)(void *, size_t)) {
+static void run_stage(const State *state, OrtKernelContext *context, Job *job,
+                      int64_t (*items_of)(const Job *, int64_t M), void (*work)(void *, size_t)) {
     int64_t total = 0;
     for (int64_t chosen = job->from; chosen < job->to; chosen++)
         total += job->choice.items[chosen] = items_of(job, assignments_of(&job->choice, chosen));

@@ -60,8 +60,8 @@ size_t quantize_pieces(int64_t M, const QuantizedWeight *w) {
 typedef float (*RoundBlock)(const float *, int64_t, int, int8_t *);
 typedef void (*Place)(const Rows *, const QuantizedWeight *, int64_t, int64_t, int64_t, const int8_t *);
 
-void quantize_rows(const float *x, int64_t stride, const int64_t *index, int64_t M, const QuantizedWeight *w, void *memory,
-                   size_t piece) {
+void quantize_rows(const float *x, int64_t stride, const int64_t *index, int64_t M, const QuantizedWeight *w,
+                   void *memory, size_t piece) {
     const Rows rows = rows_in(memory, M, w);
     const int64_t each = rows_at_once(M, w), first = (int64_t)piece * each, last = least(M, first + each);
     const int64_t whole = w->blocks * w->block;

@@ -2,8 +2,11 @@
  *
  * y[m, n] = sum over k of x[m, k] * w[n, k],  w[n, k] = scale[n, k / block] * (q[n, k] - zero[n, k / block])
  *
- * The activations are rounded to 8-bit numbers, a scale for each block of a row, as the weights are; products are summed
- * in whole numbers within a block and in float32 from block to block.
+ * The activations are rounded to 8-bit numbers, a scale for each block of a row, as the weights are: with the block's
+ * largest magnitude a, the scale is a / 127 and a number is x * (127 / a) to the nearest whole one, halves to the even
+ * one (both quotients and the product in float32); a block with a < 2^-119 counts as zero. Products are summed in whole
+ * numbers within a block, exactly, and in float32 from block to block. A NaN or an infinity makes its own row of y not
+ * finite.
  */
 #ifndef CIERZO_QUANTIZED_MATMUL_H
 #define CIERZO_QUANTIZED_MATMUL_H

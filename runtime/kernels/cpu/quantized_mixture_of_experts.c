@@ -122,7 +122,8 @@ static void activation_item(void *data, size_t item) {
     const int64_t first = place.item * GATED_ROWS * job->I, rest = place.M * job->I - first;
     const int64_t count = rest < GATED_ROWS * job->I ? rest : GATED_ROWS * job->I;
     float *gates = (float *)(void *)(place.memory + place.room.gates) + first;
-    gated_activation(job->kind, gates, (const float *)(void *)(place.memory + place.room.ups) + first, gates, (size_t)count);
+    const float *ups = (const float *)(void *)(place.memory + place.room.ups) + first;
+    gated_activation(job->kind, gates, ups, gates, (size_t)count);
 }
 
 static int64_t items_of_hidden(const Job *job, int64_t chosen) {
@@ -146,8 +147,8 @@ static void down_item(void *data, size_t item) {
     const Job *job = data;
     const Place place = placed(job, item);
     const QuantizedWeight down = matrix(job, &job->down, place.chosen);
-    multiply_rows(place.memory + place.room.hidden, place.M, &down, job->results + job->choice.begin[place.chosen] * job->C,
-                  job->C, (size_t)place.item);
+    float *y = job->results + job->choice.begin[place.chosen] * job->C;
+    multiply_rows(place.memory + place.room.hidden, place.M, &down, y, job->C, (size_t)place.item);
 }
 
 /* -- the whole -- */
@@ -235,10 +236,11 @@ static const char *read_stack(const State *state, OrtKernelContext *context, int
 static const char *run(void *memory, OrtKernelContext *context) {
     const State *state = memory;
     Tensor x = input_tensor(state, context, 0), weight = input_tensor(state, context, 1);
-    Tensor gate = input_tensor(state, context, 3), up = input_tensor(state, context, 5), down = input_tensor(state, context, 7);
+    Tensor gate = input_tensor(state, context, 3), up = input_tensor(state, context, 5);
+    Tensor down = input_tensor(state, context, 7);
     if (x.rank != 2 || gate.rank != 4 || up.rank != 4 || down.rank != 4 || up.dims[0] != gate.dims[0] ||
         up.dims[1] != gate.dims[1] || down.dims[0] != gate.dims[0] || down.dims[1] != x.dims[1])
-        return "QuantizedMixtureOfExperts takes x [N, C], gate and up [E, I, blocks, bytes], down [E, C, blocks, bytes]";
+        return "QuantizedMixtureOfExperts takes x [N, C], gate and up [E, I, blocks, bytes] and down [E, C, ...]";
     Job job = {.kind = state->kind, .C = x.dims[1], .I = gate.dims[1], .x = x.data};
     const char *fault = read_stack(state, context, 3, 9, job.C, &job.gate);
     if (fault == NULL) fault = read_stack(state, context, 5, 10, job.C, &job.up);

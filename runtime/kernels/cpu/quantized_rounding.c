@@ -1,5 +1,5 @@
 /* Rounding a block of activations to 8 bits, and putting rounded values where a product looks for them. All levels give
- * the same values: see quantized_rows.h for the rule. */
+ * the same values: see quantized_matmul.h for the rule. */
 #include <string.h>
 
 #include "isa.h"
@@ -20,7 +20,7 @@ float round_block_portable(const float *x, int64_t count, int block, int8_t *val
     memcpy(&largest, &most, sizeof largest);
     const float inverse = inverse_of_largest(largest, &scale);
     for (int64_t i = 0; i < count; i++) {
-        /* At 1.5 * 2^23 the next float is one further: the sum is rounded as it should be, its low bits are the number. */
+        /* At 1.5 * 2^23 the next float is one further: the sum is rounded as it should be, its low bits are q. */
         float sum = x[i] * inverse + 12582912.0f;
         uint32_t bits;
         memcpy(&bits, &sum, sizeof bits);
@@ -30,7 +30,8 @@ float round_block_portable(const float *x, int64_t count, int block, int8_t *val
     return scale;
 }
 
-void place_portable(const Rows *rows, const QuantizedWeight *w, int64_t m, int64_t k, int64_t width, const int8_t *values) {
+void place_portable(const Rows *rows, const QuantizedWeight *w, int64_t m, int64_t k, int64_t width,
+                    const int8_t *values) {
     memcpy(rows->values + m * rows->width + k, values, (size_t)width);
     int32_t *start = rows->start + m * rows->starts + k / w->block;
     for (int64_t at = 0; at < width && k + at < w->blocks * w->block; at += w->block) {

@@ -1,4 +1,4 @@
-/* Rounding activations to 8 bits with AVX-512: see quantized_rows.h for the rule. */
+/* Rounding activations to 8 bits with AVX-512: see quantized_matmul.h for the rule. */
 #include "isa.h"
 #include "quantized_rows.h"
 
@@ -35,7 +35,13 @@ float round_block_avx512(const float *x, int64_t count, int block, int8_t *value
     return scale;
 }
 
-void place_avx512(const Rows *rows, const QuantizedWeight *w, int64_t m, int64_t k, int64_t width, const int8_t *values) {
+/* The low bytes of 64 pairs of bytes. */
+static inline __attribute__((always_inline)) __m512i low_bytes(__m512i a, __m512i b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+}
+
+void place_avx512(const Rows *rows, const QuantizedWeight *w, int64_t m, int64_t k, int64_t width,
+                  const int8_t *values) {
     const __m512i zero = _mm512_set1_epi8((char)(1 << zero_shift(w))), none = _mm512_setzero_si512();
     int8_t *to = rows->values + m * rows->width + k;
     int32_t *start = rows->start + m * rows->starts + k * w->bits / 32;
@@ -46,10 +52,7 @@ void place_avx512(const Rows *rows, const QuantizedWeight *w, int64_t m, int64_t
             sums = _mm512_dpbusd_epi32(none, zero, a);
         } else {
             __m512i b = _mm512_loadu_si512(values + i + 64);
-            __m512i even = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
-            a = _mm512_srli_epi16(a, 8);
-            b = _mm512_srli_epi16(b, 8);
-            __m512i odd = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+            __m512i even = low_bytes(a, b), odd = low_bytes(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
             _mm512_storeu_si512(to + i, even);
             _mm512_storeu_si512(to + i + 64, odd);
             sums = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(none, zero, even), zero, odd);
@@ -79,7 +82,8 @@ static inline __attribute__((always_inline)) void round_block_of_tokens(const fl
         const __mmask16 mask = first_lanes(count - i);
         UNROLL for (int t = 0; t < LANES; t++) {
             const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x[t] + k + i), _mm512_set1_ps(inverse[t]));
-            _mm_store_si128((__m128i *)(void *)(values + t * SPAN + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled)));
+            __m128i *to = (__m128i *)(void *)(values + t * SPAN + i);
+            _mm_store_si128(to, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled)));
             _mm_prefetch((const char *)(x[t] + k + i + SPAN), _MM_HINT_T0);
         }
     }

@@ -1,9 +1,5 @@
 /* How rounded activations lie in memory, and the products for each level of instructions: inside quantized_matmul.
  *
- * Rounding. A block of a row of activations (as long as the weights' blocks) has the largest magnitude a. Its scale is
- * a / 127, and its numbers are x * (127 / a) to the nearest whole number, halves to the even one. Where a < SMALLEST the
- * block is taken as zero: its scale would be a denormal. A NaN or an infinity makes the scale one, and so the product.
- *
  * By rows (few tokens, or no AVX-512): lanes run along K, so that a row of weights is read as it lies in the file.
  *   values  int8  [M, width]    4 bits: 64 numbers of even k, then the 64 of odd k, for each 128 numbers, as the halves
  *                               of 64 bytes of weights; 8 bits and the portable level: in order
@@ -71,14 +67,17 @@ void place_avx512(const Rows *, const QuantizedWeight *, int64_t m, int64_t k, i
 void round_tokens_avx512(const Rows *, const QuantizedWeight *, int64_t group, const float *const *x);
 
 /* Columns [begin, end) of y, by rows. */
-void multiply_rows_portable(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, float *y, int64_t y_stride);
-void multiply_rows_avx2(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, float *y, int64_t y_stride);
-void multiply_rows_avx512(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, float *y, int64_t y_stride);
+void multiply_rows_portable(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, float *y,
+                            int64_t y_stride);
+void multiply_rows_avx2(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, float *y,
+                        int64_t y_stride);
+void multiply_rows_avx512(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, float *y,
+                          int64_t y_stride);
 
 /* Columns [begin, end) of rows [first, last) of y, by tokens; first is a multiple of 16, last - first at most
  * MOST_TOKENS. */
 enum { MOST_TOKENS = 256, ROWS_AT_ONCE = 48 };
-void multiply_tokens_avx512(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, int64_t first, int64_t last,
-                            float *y, int64_t y_stride);
+void multiply_tokens_avx512(const Rows *, const QuantizedWeight *, int64_t begin, int64_t end, int64_t first,
+                            int64_t last, float *y, int64_t y_stride);
 
 #endif

@@ -33,7 +33,9 @@ static Step step_of(const QuantizedWeight *w) {
     return s;
 }
 
-static inline __attribute__((always_inline)) __m256i load_256(const void *at) { return _mm256_loadu_si256((const __m256i *)at); }
+static inline __attribute__((always_inline)) __m256i load_256(const void *at) {
+    return _mm256_loadu_si256((const __m256i *)at);
+}
 
 /* Up to four scales of row n from block `first` on, each in its lanes. */
 static inline __attribute__((always_inline)) __m256 weight_scales(const QuantizedWeight *w, int64_t n, int64_t first,
@@ -125,8 +127,8 @@ static inline __attribute__((always_inline)) void tile(const Rows *rows, const Q
 }
 
 #define COLUMNS(R, T)                                                                                                 \
-    static void columns_of_##T(const Rows *rows, const QuantizedWeight *w, const Step *step, int64_t n, int64_t end,     \
-                               int64_t m, float *y, int64_t y_stride) {                                               \
+    static void columns_of_##T(const Rows *rows, const QuantizedWeight *w, const Step *step, int64_t n,               \
+                               int64_t end, int64_t m, float *y, int64_t y_stride) {                                  \
         if (w->bits == 4 && w->zero == NULL) tile(rows, w, step, n, end, m, y, y_stride, R, T, 4, 0);                 \
         else if (w->bits == 4) tile(rows, w, step, n, end, m, y, y_stride, R, T, 4, 1);                               \
         else if (w->zero == NULL) tile(rows, w, step, n, end, m, y, y_stride, R, T, 8, 0);                            \
@@ -137,7 +139,8 @@ COLUMNS(2, 2)
 COLUMNS(2, 3)
 COLUMNS(2, 4)
 
-void multiply_rows_avx2(const Rows *rows, const QuantizedWeight *w, int64_t begin, int64_t end, float *y, int64_t y_stride) {
+void multiply_rows_avx2(const Rows *rows, const QuantizedWeight *w, int64_t begin, int64_t end, float *y,
+                        int64_t y_stride) {
     const Step step = step_of(w);
     for (int64_t n = begin; n < end; n += 2)
         for (int64_t m = 0; m < rows->M; m += TOKENS) {

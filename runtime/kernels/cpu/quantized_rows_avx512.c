@@ -1,7 +1,7 @@
 /* The product for few tokens with AVX-512: the weights stream by once, in file order, and meet all tokens.
  *
- * 64 bytes of a row are 128 numbers of 4 bits or 64 of 8 bits: an int32 lane sums 8 or 4 products, all of one block, and
- * one multiplication by the lanes' scales takes them to float. */
+ * 64 bytes of a row are 128 numbers of 4 bits or 64 of 8 bits: an int32 lane sums 8 or 4 products, all of one block,
+ * and one multiplication by the lanes' scales takes them to float. */
 #include "isa.h"
 #include "quantized_rows.h"
 
@@ -30,7 +30,8 @@ static Step step_of(const QuantizedWeight *w) {
     s.blocks_of_a_step = numbers > w->block ? numbers / w->block : 1;
     for (int64_t n = numbers; n > w->block; n /= 2) s.shift++;
     for (int64_t n = w->block; n > numbers; n /= 2) s.shift--;
-    int64_t rest = row - (s.count - 1) * 64, first = s.shift >= 0 ? (s.count - 1) << s.shift : (s.count - 1) >> -s.shift;
+    int64_t before = s.count - 1, rest = row - before * 64;
+    int64_t first = s.shift >= 0 ? before << s.shift : before >> -s.shift;
     s.bytes = ~(__mmask64)0;
     s.last_bytes = rest == 64 ? s.bytes : ((__mmask64)1 << rest) - 1;
     s.scales = (__mmask16)((1 << s.blocks_of_a_step) - 1);
@@ -64,7 +65,7 @@ static inline __attribute__((always_inline)) __m512i weight_zeros(const Quantize
 
 /* R columns of y from column n on (those from `end` on repeat the last) for T tokens. */
 static inline __attribute__((always_inline)) void tile(const Rows *rows, const QuantizedWeight *w, const Step *step,
-                                                       int64_t n, int64_t end, int64_t m, float *y, int64_t y_stride,
+                                                       int64_t n, int64_t end, float *y, int64_t y_stride,
                                                        const int R, const int T, const int bits, const int given_zero) {
     const __m512i low = _mm512_set1_epi8(15), lane_block = step->lane_block;
     const int64_t stride = packed_stride(w), numbers = 512 / bits;
@@ -94,38 +95,39 @@ static inline __attribute__((always_inline)) void tile(const Rows *rows, const Q
             zero[r] = given_zero ? weight_zeros(w, bits, row[r], first, scales, lane_block) : v;
         }
         UNROLL for (int t = 0; t < T; t++) {
-            const int8_t *values = rows->values + (m + t) * rows->width + c * numbers;
+            const int8_t *values = rows->values + t * rows->width + c * numbers;
             const __m512i x_even = _mm512_loadu_si512(values);
             const __m512i x_odd = bits == 4 ? _mm512_loadu_si512(values + 64) : x_even;
-            const __m512i start = _mm512_loadu_si512(rows->start + (m + t) * rows->starts + c * LANES);
+            const __m512i start = _mm512_loadu_si512(rows->start + t * rows->starts + c * LANES);
             const __m512i minus_sum = _mm512_srai_epi32(start, bits == 4 ? 3 : 7);
-            const __m256 scale_256 = _mm256_loadu_ps(rows->scale + (m + t) * rows->blocks + first);
+            const __m256 scale_256 = _mm256_loadu_ps(rows->scale + t * rows->blocks + first);
             const __m512 x_scale = _mm512_permutexvar_ps(lane_block, _mm512_castps256_ps512(scale_256));
             UNROLL for (int r = 0; r < R; r++) {
                 __m512i dot = start;
                 if (given_zero) dot = _mm512_dpwssd_epi32(_mm512_setzero_si512(), minus_sum, zero[r]);
                 dot = _mm512_dpbusd_epi32(dot, even[r], x_even);
                 if (bits == 4) dot = _mm512_dpbusd_epi32(dot, odd[r], x_odd);
-                sum[r * T + t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale[r], x_scale), sum[r * T + t]);
+                const __m512 both = _mm512_mul_ps(scale[r], x_scale);
+                sum[r * T + t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, sum[r * T + t]);
             }
         }
     }
     _Alignas(64) float sums[LANES];
     _mm512_store_ps(sums, sums_of_lanes(sum, R * T <= 4 ? 4 : R * T <= 8 ? 8 : 16));
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) y[(m + t) * y_stride + row[r]] = sums[r * T + t];
+        for (int t = 0; t < T; t++) y[t * y_stride + row[r]] = sums[r * T + t];
 }
 
-/* All columns for T tokens from token m on. */
+/* All columns for T tokens. */
 #define COLUMNS(R, T)                                                                                                 \
-    static void columns_of_##T(const Rows *rows, const QuantizedWeight *w, const Step *step, int64_t begin, int64_t end,  \
-                               int64_t m, float *y, int64_t y_stride) {                                               \
+    static void columns_of_##T(const Rows *rows, const QuantizedWeight *w, const Step *step, int64_t begin,           \
+                               int64_t end, float *y, int64_t y_stride) {                                             \
         const int kind = (w->bits == 8) * 2 + (w->zero != NULL);                                                      \
         for (int64_t n = begin; n < end; n += R) {                                                                    \
-            if (kind == 0) tile(rows, w, step, n, end, m, y, y_stride, R, T, 4, 0);                                   \
-            else if (kind == 1) tile(rows, w, step, n, end, m, y, y_stride, R, T, 4, 1);                              \
-            else if (kind == 2) tile(rows, w, step, n, end, m, y, y_stride, R, T, 8, 0);                              \
-            else tile(rows, w, step, n, end, m, y, y_stride, R, T, 8, 1);                                             \
+            if (kind == 0) tile(rows, w, step, n, end, y, y_stride, R, T, 4, 0);                                   \
+            else if (kind == 1) tile(rows, w, step, n, end, y, y_stride, R, T, 4, 1);                              \
+            else if (kind == 2) tile(rows, w, step, n, end, y, y_stride, R, T, 8, 0);                              \
+            else tile(rows, w, step, n, end, y, y_stride, R, T, 8, 1);                                             \
         }                                                                                                             \
     }
 COLUMNS(4, 1)
@@ -137,15 +139,13 @@ COLUMNS(2, 6)
 COLUMNS(2, 7)
 COLUMNS(2, 8)
 
-void multiply_rows_avx512(const Rows *rows, const QuantizedWeight *w, int64_t begin, int64_t end, float *y, int64_t y_stride) {
-    typedef void (*Columns)(const Rows *, const QuantizedWeight *, const Step *, int64_t, int64_t, int64_t, float *, int64_t);
+void multiply_rows_avx512(const Rows *rows, const QuantizedWeight *w, int64_t begin, int64_t end, float *y,
+                          int64_t y_stride) {
+    typedef void (*Columns)(const Rows *, const QuantizedWeight *, const Step *, int64_t, int64_t, float *, int64_t);
     static const Columns COLUMNS_OF[MOST_FEW] = {columns_of_1, columns_of_2, columns_of_3, columns_of_4,
                                                  columns_of_5, columns_of_6, columns_of_7, columns_of_8};
     const Step step = step_of(w);
-    for (int64_t m = 0; m < rows->M; m += MOST_FEW) {
-        int64_t tokens = rows->M - m < MOST_FEW ? rows->M - m : MOST_FEW;
-        COLUMNS_OF[tokens - 1](rows, w, &step, begin, end, m, y, y_stride);
-    }
+    COLUMNS_OF[rows->M - 1](rows, w, &step, begin, end, y, y_stride);
 }
 CIERZO_END_ISA
 #endif

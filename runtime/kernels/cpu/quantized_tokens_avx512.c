@@ -1,5 +1,5 @@
-/* The product for many tokens with AVX-512: a lane is a token, and four numbers of a row of weights meet 16 tokens in one
- * instruction. Weights are unpacked once for up to MOST_TOKENS tokens, whose values stay in the second-level cache. */
+/* The product for many tokens with AVX-512: a lane is a token, and four numbers of a row of weights meet 16 tokens in
+ * one instruction. Weights are unpacked once for up to MOST_TOKENS tokens, whose values stay in the cache. */
 #include "isa.h"
 #include "quantized_rows.h"
 
@@ -145,7 +145,8 @@ ROW_TILE(row_tile_default, 0)
 ROW_TILE(row_tile_zeros, 1)
 
 /* The sums [groups, ROWS_AT_ONCE, 16 tokens] to rows [first, last) of y, columns [n, end). */
-static void put_down(const float *sums, int64_t n, int64_t end, int64_t first, int64_t last, float *y, int64_t y_stride) {
+static void put_down(const float *sums, int64_t n, int64_t end, int64_t first, int64_t last, float *y,
+                     int64_t y_stride) {
     for (int64_t m = first; m < last; m += LANES, sums += ROWS_AT_ONCE * LANES)
         for (int64_t at = 0; n + at < end; at += LANES) {
             __m512i v[LANES];
@@ -158,8 +159,8 @@ static void put_down(const float *sums, int64_t n, int64_t end, int64_t first, i
         }
 }
 
-void multiply_tokens_avx512(const Rows *rows, const QuantizedWeight *w, int64_t begin, int64_t end, int64_t first, int64_t last,
-                            float *y, int64_t y_stride) {
+void multiply_tokens_avx512(const Rows *rows, const QuantizedWeight *w, int64_t begin, int64_t end, int64_t first,
+                            int64_t last, float *y, int64_t y_stride) {
     Unpacked u;
     _Alignas(64) float sums[GROUPS * ROWS_AT_ONCE * LANES];
     const int64_t first_group = first / LANES, last_group = (last + LANES - 1) / LANES;
@@ -169,8 +170,9 @@ void multiply_tokens_avx512(const Rows *rows, const QuantizedWeight *w, int64_t 
             const int64_t width = rows->width - k < DEPTH ? rows->width - k : DEPTH;
             for (int64_t from = 0; n + from < stop; from += HEIGHT) {
                 for (int r = 0; r < HEIGHT; r++) {
-                    int64_t row = n + from + r < stop ? n + from + r : stop - 1; /* the last once more, and not stored */
-                    unpack_row(w, row, k, width, u.values + r * STRIDE, u.scale + r * MOST_BLOCKS, u.zero + r * MOST_BLOCKS);
+                    const int64_t row = n + from + r, there = row < stop ? row : stop - 1; /* again, and not stored */
+                    unpack_row(w, there, k, width, u.values + r * STRIDE, u.scale + r * MOST_BLOCKS,
+                               u.zero + r * MOST_BLOCKS);
                 }
                 (w->zero == NULL ? row_tile_default : row_tile_zeros)(rows, &u, w, first_group, last_group, k, width,
                                                                       sums + from * LANES);

@@ -1,8 +1,8 @@
 /* Memory for the length of one call, shared by all operators of the process.
  *
- * A model has hundreds of nodes that each need a few megabytes while they run, and one runs at a time: what the nodes kept
- * for themselves would add up to more than the rest of a session. Here each call borrows a block and gives it back, so that
- * there are as many blocks as calls at once, each as large as the largest call needed. */
+ * A model has hundreds of nodes that each need a few megabytes while they run, and one runs at a time: what the nodes
+ * kept for themselves would add up to more than the rest of a session. Here each call borrows a block and returns it,
+ * so that there are as many blocks as calls at once, each as large as the largest call needed. */
 #ifndef CIERZO_SHARED_SCRATCH_H
 #define CIERZO_SHARED_SCRATCH_H
 

@@ -1,4 +1,4 @@
-/* StoredMatMul: x [..., K] float32 times the transpose of weight [N, K] float32, float16 or bfloat16, as it is stored. */
+/* StoredMatMul: x [..., K] float32 times the transpose of weight [N, K] of float32, float16 or bfloat16. */
 #include "float_matmul.h"
 #include "library.h"
 #include "shared_scratch.h"
