@@ -6,7 +6,7 @@ import argparse
 import subprocess
 import sys
 
-BENCHMARKS = ("in_place", "rolling_decode", "step_profile", "export_memory", "export_large", "fusion")
+BENCHMARKS = ("in_place", "rolling_decode", "step_profile", "export_memory", "export_large", "fusion", "quantization")
 
 
 def main() -> None:

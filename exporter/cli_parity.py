@@ -30,8 +30,17 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 @click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write an HTML report there."
 )
-@click.option("--text", type=EXISTING, metavar="FILE", help="Text on which quantised weights are judged.  [default: the engine's own]")
-@click.option("--max-kl", type=click.FloatRange(min=0), help="Largest mean KL divergence (nats) of quantised weights.  [default: by their kind]")
+@click.option(
+    "--text",
+    type=EXISTING,
+    metavar="FILE",
+    help="Text on which quantised weights are judged.  [default: the engine's own]",
+)
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0),
+    help="Largest mean KL divergence (nats) of quantised weights.  [default: by their kind]",
+)
 @weights_folder_option
 @verify_option
 @json_option

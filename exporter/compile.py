@@ -17,6 +17,7 @@ from exporter.quantize.options import read_options
 from exporter.save import absolute, bundle_folder, refuse_existing, refuse_full_disk, refuse_names
 from exporter.stitch import stitch
 from exporter.text_ends import with_text_ends
+from exporter.trace import past_names, present_names
 from exporter.unchanged import states_of
 from exporter.write import Job, plan_weights, write_bundle
 from graph_passes import pipeline
@@ -134,7 +135,7 @@ def export(
         "layout": layout,
         "text_only": text_only,
     }
-    fusion = {"nodes": expected_nodes(plan), **report.to_json()}
+    fusion = report.to_json()
     with bundle_folder(target) as folder:
         write_bundle(
             folder, Job(opened, plan, placed, tokenizer, chosen, options, hashes, seen), model, fusion, progress
@@ -241,3 +242,11 @@ def _check_nodes(model: ir.Model, plan: ExportPlan) -> None:
             f"The attention nodes were found to have the windows {windows} and the checkpoint says {due} "
             f"({FULL} is full attention). Nothing was written."
         )
+    for layer, node in enumerate(attention):
+        rings = (*node.inputs[5:7], *node.outputs[1:3])
+        names = tuple("nothing" if ring is None else str(ring.name) for ring in rings)
+        if names != (*past_names(layer), *present_names(layer)):
+            raise FusionError(
+                f"The attention of layer {layer} reads and writes the rings {', '.join(names)}, which could not stay "
+                "where they are. Nothing was written."
+            )

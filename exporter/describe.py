@@ -16,7 +16,7 @@ from exporter.placement import Placement
 from exporter.plan import ExportPlan
 from exporter.quantize.decide import Decisions
 from exporter.quantize.file import QuantizedFile
-from exporter.recipes import Recipe
+from exporter.recipe import Recipe
 from exporter.trace import (
     INPUT_IDS,
     LOGIT_POSITIONS,

@@ -212,6 +212,7 @@ def _inspect_bundle(folder: Path) -> InspectReport:
             weights_placement=weights.placement,
             weights_folder=weights.folder,
             folded_bytes=weights.folded_bytes,
+            quantization=None if weights.quantization is None else str(weights.quantization),
             kv_dtype=kv.dtype,
             chunk=kv.chunk,
             max_batch=kv.max_batch,

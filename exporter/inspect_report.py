@@ -115,6 +115,7 @@ class BundleFacts:
 
     weights_types: tensors that the graph reads, by stored type. weights_placement: "copied" or "linked" into the
         bundle, or left in a "folder", which is then weights_folder. folded_bytes: see `runtime.manifest.WeightsInfo`.
+    quantization: how weights are quantised, in words; None where they are not.
     files: bytes of all files but the manifest, those with weights included.
     kernels: on this machine. memory, memory_of_all_rows: what a session takes here for one row and for max_batch.
     """
@@ -126,6 +127,7 @@ class BundleFacts:
     weights_placement: str
     weights_folder: str | None
     folded_bytes: int
+    quantization: str | None
     kv_dtype: str
     chunk: int
     max_batch: int

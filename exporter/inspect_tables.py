@@ -194,6 +194,7 @@ def _bundle_table(bundle: BundleFacts) -> Table:
         {
             "written by": f"Cierzo {bundle.cierzo_version}, opset {bundle.opset}",
             "weights": f"{_types(bundle.weights_types)}; {_PLACES[bundle.weights_placement]}",
+            "quantised": bundle.quantization,
             "weights' folder": bundle.weights_folder,
             "computed in": bundle.arithmetic,
             "tokens per step": f"{bundle.chunk:,} at most, for up to {bundle.max_batch} rows",

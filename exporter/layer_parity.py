@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from exporter.borders import boundary_lengths
 from exporter.bundle_graph import load_graph
 from exporter.layer_report import LayerReport, ModuleParity
 from exporter.parity_tools import largest_differences, quiet_polygraphy, require_polygraphy
+from exporter.quantized_reference import QuantizedReference, quantized_reference
 from exporter.taps import RollingTaps, modules_of
-from exporter.borders import boundary_lengths
 from exporter.validate import open_matching
 from reference.checkpoint import Checkpoint
 from reference.config import ModelConfig
@@ -75,12 +76,16 @@ def compare_graph(
     checkpoint: Checkpoint,
     row: Row,
     *,
+    reference: QuantizedReference | None = None,
     held_bytes: int = HELD_BYTES,
     in_place: bool = True,
     progress: Progress | None = None,
 ) -> LayerReport:
     """`compare_layers` for any graph with the inputs and outputs of `bundle`, whose weights lie in its folder.
 
+    Plugin nodes run as a session runs them, with native kernels where there are any: it is the engine that is judged.
+
+    reference: what the reference computes with where weights are quantised; by default what the bundle holds.
     in_place: see `exporter.taps.RollingTaps`.
     """
     names = modules_of(model)
@@ -98,19 +103,22 @@ def compare_graph(
     groups = _grouped([size * len(positions) for size in sizes], held_bytes)
     from exporter.layer_runners import EngineRunner, ReferenceRunner
 
-    reference = ReferenceRunner(checkpoint, row, present, groups, positions, bundle.manifest.kv.dtype, progress)
+    held = reference or quantized_reference(bundle)
+    truth = ReferenceRunner(checkpoint, held, row, present, groups, positions, progress)
     taps = [[names[path] for index in group for path in present[index]] for group in groups]
     paths = [[path for index in group for path in present[index]] for group in groups]
 
     def engine_outputs(group: int) -> dict[str, npt.NDArray[Any]]:
         steps = split_into_steps([row], np.zeros(1, np.int64), bundle.manifest.kv.chunk)
-        rolling = RollingTaps(model, bundle.manifest, bundle.weights_folder, taps[group], in_place=in_place)
+        rolling = RollingTaps(
+            model, bundle.manifest, bundle.weights_folder, taps[group], in_place=in_place, native=True
+        )
         return _at_positions(rolling, steps, dict(zip(paths[group], taps[group], strict=True)), positions)
 
     engine = EngineRunner(engine_outputs)
     modules: list[ModuleParity] = []
     with quiet_polygraphy():
-        modules.extend(_compared(reference, engine, len(groups), progress))
+        modules.extend(_compared(truth, engine, len(groups), progress))
     return LayerReport(
         modules=tuple(modules),
         missing=missing,
@@ -119,7 +127,7 @@ def compare_graph(
         groups=len(groups),
         chunk=bundle.manifest.kv.chunk,
         windows=checkpoint.config.layer_windows,
-        dtype=bundle.manifest.kv.dtype,
+        dtype=held.rounding.kind,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from exporter.quantized_reference import QuantizedReference
 from reference.checkpoint import Checkpoint
 from reference.parity import Budget, budget
 from reference.watched import Outputs, WatchedOracle
@@ -52,7 +53,7 @@ class EngineRunner(_GroupRunner):
 
 
 class ReferenceRunner(_GroupRunner):
-    """The reference in float64. It runs in the engine's dtype beside it, from which `budgets` come.
+    """The reference in float64. It runs in float32, rounding as the engine does, beside it: from that come `budgets`.
 
     The groups must be asked for in order, since the layers are streamed: nothing of an earlier one is left.
     budgets: those of the group that was asked for last.
@@ -61,19 +62,19 @@ class ReferenceRunner(_GroupRunner):
     def __init__(
         self,
         checkpoint: Checkpoint,
+        quantized: QuantizedReference,
         row: npt.NDArray[np.int64],
         stages: Sequence[Sequence[str]],
         groups: Sequence[Sequence[int]],
         positions: npt.NDArray[np.int64],
-        dtype: str,
         progress: Progress | None,
     ) -> None:
         super().__init__(name="reference")
-        oracle = WatchedOracle(checkpoint)
+        oracle = WatchedOracle(checkpoint, quantized.weights)
         self._truth = oracle.stages(row.tolist(), torch.float64)
-        self._own = oracle.stages(row.tolist(), getattr(torch, dtype))
+        self._own = oracle.stages(row.tolist(), torch.float32, quantized.rounding)
         self._stages, self._groups, self._positions = stages, groups, positions
-        self._dtype, self._progress = dtype, progress
+        self._dtype, self._progress = quantized.rounding.kind, progress
         self.budgets: dict[str, Budget] = {}
 
     def outputs(self, group: int) -> Arrays:

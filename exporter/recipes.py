@@ -1,8 +1,8 @@
 """How the graph makes each parameter out of what is stored: pieces in files, put together, put in order, cast.
 
 The weights of a bundle may lie in the checkpoint's own files, as they were published. A parameter that lies there whole
-and in the type that the graph reads is then simply an initializer. Any other gets a recipe, nodes that the fusions never see, since they are
-added when the graph is finished:
+and in the type that the graph reads is then simply an initializer. Any other gets a recipe, nodes that the fusions
+never see, since they are added when the graph is finished:
 
     pieces (external initializers)  ─ Concat, if several ─ Gather, if rows change places ─ Cast, if need be ─▶ name
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from exporter.recipe import Recipe, StoredPiece
 from graph_passes.lower.formats import TYPES, LinearFormat, Stored
 from graph_passes.unbound import UnboundWeight
 from reference.checkpoint import Checkpoint
@@ -33,74 +33,6 @@ from runtime.errors import TraceError
 
 PARAMETER = "cierzo.parameter"
 """Metadata of a recipe's nodes: the parameter that they make."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPiece:
-    """Where a piece of a parameter lies: `nbytes` bytes of type `dtype` (a key of TYPES) in the file `location`."""
-
-    location: str
-    offset: int
-    nbytes: int
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What a parameter of shape `shape` is made of: pieces of equal shape, one after the other along axis 0.
-
-    pairs_of_head: see `WeightSource`.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    pieces: tuple[StoredPiece, ...]
-    pairs_of_head: int | None = None
-
-    @property
-    def dtype(self) -> str:
-        """The type in which the graph has the parameter, a key of TYPES.
-
-        A matrix that is stored in one type throughout has that one; norms, biases and mixtures of types are float32.
-        """
-        types = {piece.dtype for piece in self.pieces}
-        return types.pop() if len(types) == 1 and (len(self.shape) > 1 or types == {"U8"}) else "F32"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the parameter lies in one piece and in the graph's type: an initializer, which needs no nodes."""
-        return len(self.pieces) == 1 and self.pieces[0].dtype == self.dtype and self.pairs_of_head is None
-
-    @property
-    def made_bytes(self) -> int:
-        """What the recipe's result takes in memory when an engine makes it once and keeps it; 0 for a plain one."""
-        return 0 if self.is_plain else int(math.prod(self.shape) * TYPES[self.dtype].itemsize)
-
-    @property
-    def making_bytes(self) -> int:
-        """What all of the recipe's steps give out together, which engines hold until the whole graph is folded."""
-        stored = sum(piece.nbytes for piece in self.pieces)
-        casts = stored != math.prod(self.shape) * TYPES[self.dtype].itemsize
-        steps = (len(self.pieces) > 1) + (self.pairs_of_head is not None)
-        return (steps - 1 + (not casts)) * stored + self.made_bytes if steps else self.made_bytes
-
-    @property
-    def folded_bytes(self) -> int:
-        """What the parameter takes in memory where function bodies run, which widen every matrix to float32."""
-        if self.dtype == "U8":
-            return math.prod(self.shape)  # put in another order for the kernels of MatMulNBits
-        return 0 if self.is_plain and self.dtype == "F32" else 4 * math.prod(self.shape)
-
-    @property
-    def folding_bytes(self) -> int:
-        """As `making_bytes`, where function bodies run.
-
-        The body of MixtureOfExperts multiplies with its matrices turned around, which is one more step.
-        """
-        stored = sum(piece.nbytes for piece in self.pieces)
-        before = (len(self.pieces) > 1) + (self.pairs_of_head is not None)
-        turned = 4 * math.prod(self.shape) if len(self.shape) == 3 and self.dtype != "U8" else 0
-        return before * stored + self.folded_bytes + turned
 
 
 def referenced(checkpoint: Checkpoint, sources: Mapping[str, WeightSource], names: Mapping[Path, str]) -> list[Recipe]:

@@ -131,9 +131,7 @@ def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
     return copy
 
 
-def open_session(
-    model: ir.Model, folder: Path | None, *, native: bool, threads: int = 0
-) -> ort.InferenceSession:
+def open_session(model: ir.Model, folder: Path | None, *, native: bool, threads: int = 0) -> ort.InferenceSession:
     """A CPU session of `model`, whose weights lie in `folder`. Raises BackendError when it cannot be loaded.
 
     native: plugin nodes run the kernels of this process's sessions, where it has them, and else their function bodies.

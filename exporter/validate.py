@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.borders import boundary_lengths, last_position
-from exporter.quality import measure_quality, quality_check
+from exporter.quality import measure_quality, quality_check, read_text
 from exporter.quantized_reference import quantized_reference
 from exporter.reopen import reopen
 from exporter.validation_report import Check, ValidationReport, render
@@ -26,7 +26,7 @@ from reference.checkpoint import Checkpoint
 from reference.parity import Budget, budget, position_errors
 from runtime import load
 from runtime.backends import DEFAULT_BACKEND
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, InputError
 from runtime.rolling_kv import kv_bytes
 from runtime.session import Session
 
@@ -70,14 +70,15 @@ def validate(
     """Compare the engine of `bundle` with the reference model of `checkpoint` (default: the one it was made from).
 
     verify, weights_folder: see `runtime.load`.
-    text, max_kl: for quantised weights, a file with the text on which they are compared with the original ones (default:
-        what the engine itself writes), and how far they may be from them; see `exporter.quality`.
+    text, max_kl: for quantised weights, a file with the text on which they are compared with the original ones
+        (default: what the engine itself writes), and how far they may be from them; see `exporter.quality`.
 
     A quantised engine is held twice: against the reference with its quantised weights as numbers, and, for quality,
     against the original.
 
     Parity that fails is a report with `passed` False. Raises BundleError, CheckpointError and BackendError when the
-    comparison cannot be run at all, for instance because the two are not even the same model.
+    comparison cannot be run at all, for instance because the two are not even the same model; InputError for a text
+    that cannot be read, and for `text` and `max_kl` where no weights are quantised.
     """
     import torch
 
@@ -89,6 +90,13 @@ def validate(
     windows = opened.config.layer_windows
     rows = _rows(boundary_lengths(session, windows)[-1], opened.config.vocab_size, rng)
     quantized = quantized_reference(session.bundle)
+    if not quantized.weights and (text is not None or max_kl is not None):
+        raise InputError(
+            "A text and a largest divergence (--text, --max-kl) are for quantised weights: this bundle's are the "
+            "checkpoint's own, so that nothing is lost that a text could show. Leave the options out."
+        )
+    if text is not None:
+        read_text(session, text)  # before the other checks take their time
     oracle = Oracle(opened, quantized.weights)
     tokens = [row.tolist() for row in rows]
     truth = tuple(t.numpy() for t in oracle.logits(tokens, torch.float64, progress))

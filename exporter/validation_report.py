@@ -30,18 +30,19 @@ class Quality:
 
     source: where the text is from. kl: mean Kullback–Leibler divergence of the engine's next-token distribution from
     the original's, in nats. agreement: share of positions where both have the same best token. perplexity_ratio: the
-    engine's over the original's on that text.
+    engine's over the original's on that text, None where the engine has written it.
     """
 
     source: str
     tokens: int
     kl: float
     agreement: float
-    perplexity_ratio: float
+    perplexity_ratio: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; figures that are not finite become null."""
+        figures = asdict(self)
+        return {name: _finite(value) if isinstance(value, float) else value for name, value in figures.items()}
 
 
 @dataclass(frozen=True, slots=True)

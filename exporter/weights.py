@@ -16,7 +16,7 @@ from typing import BinaryIO
 import torch
 
 from exporter.defaults import WRITING
-from exporter.recipes import Recipe, StoredPiece
+from exporter.recipe import Recipe, StoredPiece
 from reference.checkpoint import Checkpoint
 from reference.quantized_layout import dequantize
 from reference.safetensors_header import ITEM_BYTES

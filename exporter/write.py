@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,16 @@ from exporter.plan import ExportPlan
 from exporter.quantize.decide import decide, is_quantized
 from exporter.quantize.file import QuantizedFile, plan_quantized_file, write_quantized_file
 from exporter.quantize.options import QuantizeOptions
-from exporter.recipes import Recipe, bind_weights, referenced, stored_formats
+from exporter.recipe import Recipe, with_equal_experts
+from exporter.recipes import bind_weights, referenced, stored_formats
 from exporter.save import MANIFEST_FILE, write_manifest
 from exporter.unchanged import State, require_unchanged
 from exporter.weights import WEIGHTS_FILE, WeightsFile, plan_file, write_weights
 from graph_passes.lower.formats import TYPES, LinearFormat, Quantized
 from graph_passes.lower.kv import lower_kv
 from graph_passes.lower.linears import lower_linears
+from graph_passes.lower.rounding import allow_rounding
+from graph_passes.ops import DOMAIN
 from reference.checkpoint import Checkpoint, some
 from reference.weights import PackedSource, Source, WeightSource
 from runtime.errors import ExportError
@@ -139,8 +143,11 @@ def write_bundle(folder: Path, job: Job, model: ir.Model, fusion: Mapping[str, A
     checkpoint, weights = job.checkpoint, job.weights
     tokenizer = [file.name for file in job.tokenizer]
     placement, recipes = _placed(folder, job, tokenizer)
+    recipes = with_equal_experts(recipes)
     lower_linears(model, weights.formats(recipes))
     lower_kv(model, job.plan.kv)
+    if weights.quantized is not None:
+        allow_rounding(model)
     bind_weights(model, recipes)
     write_graph(folder, model, placement.names.values() if weights.file is None else [WEIGHTS_FILE])
     for file in job.tokenizer:
@@ -165,10 +172,15 @@ def write_bundle(folder: Path, job: Job, model: ir.Model, fusion: Mapping[str, A
         "tokenizer": tokenizer,
         "files": {name: own_entry(folder / name) for name in (MODEL_FILE, *tokenizer)},
         "provenance": provenance_section(checkpoint, job.tokenizer, hashed, job.frontend, job.options),
-        "fusion": dict(fusion),
+        "fusion": {**fusion, "nodes": _plugin_nodes(model)},
     }
     require_unchanged(job.seen)
     write_manifest(folder, manifest)
+
+
+def _plugin_nodes(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each plugin op the lowered graph has."""
+    return dict(sorted(Counter(node.op_type for node in model.graph if node.domain == DOMAIN).items()))
 
 
 def _placed(folder: Path, job: Job, tokenizer: Collection[str]) -> tuple[Placement, list[Recipe]]:

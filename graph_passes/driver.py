@@ -47,8 +47,9 @@ def apply_in_step(
     """`apply` on a model that is too large to be run: matched and proved on the twin, carried over, both rewritten."""
     fused: list[FusionRecord] = []
     refused: list[RefusalRecord] = []
-    for each in (twin.small, model) if rule.prepare is not None else ():
-        rule.prepare(each)
+    if rule.prepare is not None:
+        for each in (twin.small, model):
+            rule.prepare(each)
     for anchor in list(twin.small.graph):
         if anchor.graph is None or (anchor.domain, anchor.op_type) not in rule.anchors:
             continue

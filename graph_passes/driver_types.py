@@ -75,10 +75,10 @@ class Match:
             return
         extents: dict[str, Dim] = {"1": 1}
         names, values = (*self.op.inputs, *self.op.outputs), (*self.inputs, *self.outputs)
-        for name, value in zip(names, values, strict=True):
+        for index, (name, value) in enumerate(zip(names, values, strict=True)):
             letters, shape = name.rpartition("_")[2], shape_of(value)
             found = source_of(value).name
-            if self.op.rows:
+            if self.op.rows and index in (0, len(self.op.inputs)):  # weights have no axes before theirs
                 shape = shape[-len(letters) :]
             if len(letters) != len(shape):
                 raise Refusal(f"{found!r} has {len(shape)} axes where {name} is needed", self.anchor)
@@ -86,7 +86,6 @@ class Match:
                 if extents.setdefault(letter, extent) != extent:
                     reason = f"{letter} is {extent} in {found!r} ({name}) and {extents[letter]} elsewhere"
                     raise Refusal(reason, self.anchor)
-
         if self.op.rows and shape_of(self.inputs[0])[:-1] != shape_of(self.outputs[0])[:-1]:
             raise Refusal("the axes before the last are not those of the input", self.anchor)
 

@@ -72,8 +72,6 @@ TOLERANCES: dict[str, Tolerance] = {
 """By the coarsest type that the engine rounds to (`reference.rounding`); its arithmetic is float32."""
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Largest absolute error allowed for one run, and where it comes from."""

@@ -1,7 +1,7 @@
 """What an engine rounds on purpose, done to the reference: so that it can tell what that rounding alone costs.
 
-Products with quantised weights may round their activations to 8 bits, a scale for each block of a row, as ONNX Runtime's
-MatMulNBits does at accuracy level 4; KV buffers may hold float16, or 8 bits with a scale for each vector.
+Products with quantised weights may round their activations to 8 bits, a scale for each block of a row, as ONNX
+Runtime's MatMulNBits does at accuracy level 4; KV buffers may hold float16, or 8 bits with a scale for each vector.
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ def round_vectors(x: Tensor) -> Tensor:
 
 def round_blocks(x: Tensor, block: int) -> Tensor:
     """Each block of the last axis to 8-bit numbers with a scale, max|x| / 127; the last block may be shorter."""
-    columns = x.shape[-1]
-    padded = nn.functional.pad(x, (0, -columns % block)).unflatten(-1, (-1, block))
+    *leading, columns = x.shape
+    padded = nn.functional.pad(x, (0, -columns % block)).reshape(*leading, -1, block)
     scale = padded.abs().amax(dim=-1, keepdim=True) / MOST
     whole = torch.round(padded / torch.where(scale == 0, torch.ones_like(scale), scale))
-    return (whole * scale).flatten(-2)[..., :columns]
+    rounded: Tensor = (whole * scale).flatten(-2)[..., :columns]
+    return rounded
 
 
 def _first(rounded: Round, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

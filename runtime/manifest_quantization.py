@@ -33,6 +33,14 @@ class QuantizationInfo:
     method: str
     kept: Mapping[str, str]
 
+    def __str__(self) -> str:
+        points = "with" if self.zero_points else "without"
+        found = "as the checkpoint has them" if self.method == "checkpoint" else f"found by {self.method}"
+        return (
+            f"int{self.bits} in blocks of {self.block_size} {points} zero points, {self.scales} scales {found}; "
+            f"{len(self.kept)} {'matrix' if len(self.kept) == 1 else 'matrices'} otherwise"
+        )
+
 
 def parse_quantization(weights: Section, kind: str, placement: str) -> QuantizationInfo | None:
     """`weights.quantization`, None where it is null.

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from exporter.bisect.local import GOT, LocalComparison, Off, pairs, path_of
+from exporter.bisect.local import GOT, LocalComparison, Off, called, pairs, path_of
 from exporter.bisect.report import Culprit
-from exporter.bisect.stages import Rebuilt, Stage, WeightDifference, bound
+from exporter.bisect.stages import Rebuilt, Stage
+from exporter.bisect.weights import BundleWeights
 from exporter.recipes import is_recipe, parameters
 from graph_passes.graph import constant
-from reference.checkpoint import Checkpoint
 
 _RULE = "cierzo.rule"
 
@@ -24,27 +24,38 @@ _RULE = "cierzo.rule"
 class Case:
     """What one bisection works with: the bundle's graph, what this version makes of the checkpoint, and both compared.
 
-    wrong: the bundle's parameters that are not the checkpoint's.
+    shared: values of the bundle that golden has too, see `exporter.bisect.local.pairs`.
     """
 
     model: ir.Model
     rebuilt: Rebuilt
-    checkpoint: Checkpoint
-    wrong: Mapping[str, WeightDifference]
+    weights: BundleWeights
     golden: ir.Model
+    shared: Mapping[str, str]
     local: LocalComparison
 
 
-def blame(case: Case, off: Off, piece: ir.Model, others: tuple[str, ...]) -> Culprit:
-    """The culprit behind the value `off`, which the nodes of `piece` make."""
+def blame(case: Case, off: Off, piece: ir.Model, others: tuple[str, ...], *, native: bool = False) -> Culprit:
+    """The culprit behind the value `off`, which the nodes of `piece` make.
+
+    native: it is off with native kernels only, while function bodies give all values right.
+    """
     finished = case.rebuilt.stages[-1].model
     node, changes, fixed = _suspect(piece, finished, off.value, case.model)
-    weight = next((name for name in parameters(piece) if name in case.wrong), None)
+    read = map(case.weights.parameter_of, parameters(piece))
+    weight = next((name for name in read if name in case.weights.wrong), None)
     rule = node.metadata_props.get(_RULE)
     kind, stage, reproduced = "node", rule, None
-    if weight is not None:
+    if native:
+        kind, stage, weight = "kernel", None, None
+        why = (
+            f"The native kernel of {node.op_type} computes it: where the function bodies of the bundle run, every "
+            "value is right. This is a bug in the kernels of this version, not in the bundle: CIERZO_KERNELS=off runs "
+            "without them."
+        )
+    elif weight is not None:
         kind, stage = "weight", None
-        difference = case.wrong[weight]
+        difference = case.weights.wrong[weight]
         why = (
             f"The bundle's {weight} differs from the checkpoint's in {difference.elements:,} of {difference.total:,} "
             f"elements, by up to {difference.largest:.2e}; the first is number {difference.first:,}. "
@@ -84,7 +95,7 @@ def blame(case: Case, off: Off, piece: ir.Model, others: tuple[str, ...]) -> Cul
         value=off.value,
         error=off.error if np.isfinite(off.error) else None,
         step=off.step,
-        weight=weight or fixed,
+        weight=weight or (None if native else fixed),
         why=why,
         others=others,
     )
@@ -150,13 +161,13 @@ def _other_attributes(node: ir.Node, due: ir.Node) -> list[str]:
 
 
 def changed_values(model: ir.Model, finished: ir.Model) -> list[str]:
-    """What is made by nodes that this version makes too, but with other attributes or constants."""
+    """What is made by nodes that this version makes too, but with other attributes, constants or function bodies."""
     named = {str(node.name): node for node in finished.graph}
     return [
         str(value.name)
         for node in model.graph
         if (due := named.get(str(node.name))) is not None and node.op_identifier() == due.op_identifier()
-        if _wrong_constant(node, due) or _other_attributes(node, due)
+        if _wrong_constant(node, due) or _other_attributes(node, due) or _body_changes(node, model, finished)
         for value in node.outputs
     ]
 
@@ -178,11 +189,13 @@ def _shown(attribute: ir.Attr | None) -> str:
 
 
 def _body_changes(node: ir.Node, model: ir.Model, finished: ir.Model) -> list[str]:
-    """Whether the function body of a plugin node is another than this version's."""
-    ours, theirs = model.functions.get(node.op_identifier()), finished.functions.get(node.op_identifier())
-    if ours is None or theirs is None or _body(ours) == _body(theirs):
-        return []
-    return [f"its function body of {node.op_type} is another"]
+    """Which function bodies, that of a plugin node and those that it calls, are others than this version's."""
+    changes = []
+    for op in called(model, [node.op_identifier()]):
+        due = finished.functions.get(op)
+        if due is not None and _body(model.functions[op]) != _body(due):
+            changes.append(f"its function body of {op[1]} is another")
+    return changes
 
 
 def _body(function: ir.Function) -> str:
@@ -203,11 +216,15 @@ def _shown_tensor(attribute: ir.Attr) -> str:
 
 
 def _first_wrong_stage(case: Case, value: str) -> str | None:
-    """The first pass of this version after which `value` is wrong, None when it is right in the finished graph."""
+    """The first pass of this version after which `value` is wrong, None when it is right in the finished graph.
+
+    Stages are cut where the bundle is, and nowhere in between: a later pass may take in the node that is wrong.
+    """
+    borders = set(case.shared.values())
 
     def wrong_after(stage: Stage) -> bool:
-        whole = bound(stage.model, case.model, case.checkpoint, case.wrong)
-        shared = pairs(whole, case.golden)
+        whole = case.weights.bind(stage.model)
+        shared = {name: other for name, other in pairs(whole, case.golden).items() if other in borders}
         return value in shared and bool(case.local.off(whole, shared, only=[value]))
 
     passes = case.rebuilt.stages[1:]

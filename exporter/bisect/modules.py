@@ -11,8 +11,10 @@ import onnx_ir as ir
 import torch
 
 from exporter.bisect.local import LocalComparison, Off, pairs
-from exporter.bisect.stages import Rebuilt, template_weights
+from exporter.bisect.stages import Rebuilt
+from exporter.bisect.weights import template_weights
 from exporter.layer_report import ModuleParity
+from exporter.quantized_reference import QuantizedReference
 from exporter.taps import RollingTaps, modules_of
 from exporter.trace import past_names, present_names
 from reference.checkpoint import Checkpoint
@@ -57,7 +59,12 @@ def _template_manifest(rebuilt: Rebuilt, manifest: Manifest) -> Manifest:
 
 
 def module_off(
-    model: ir.Model, bundle: Bundle, checkpoint: Checkpoint, row: npt.NDArray[np.int64], first: ModuleParity
+    model: ir.Model,
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    reference: QuantizedReference,
+    row: npt.NDArray[np.int64],
+    first: ModuleParity,
 ) -> tuple[Off, dict[str, str]]:
     """The module `first` in the step that shows it first, and the values at which its piece is to be cut.
 
@@ -68,11 +75,11 @@ def module_off(
     name = modules[first.module]
     borders = {value: value for path, value in modules.items() if path != "rotary"}
     steps = list(split_into_steps([row], np.zeros(1, np.int64), bundle.manifest.kv.chunk))
-    for outputs in WatchedOracle(checkpoint).stages(row.tolist(), torch.float64):
+    for outputs in WatchedOracle(checkpoint, reference.weights).stages(row.tolist(), torch.float64):
         if first.module in outputs:
             truth = outputs[first.module].numpy()
             break
-    rolling = RollingTaps(model, bundle.manifest, bundle.weights_folder, [*borders], in_place=False)
+    rolling = RollingTaps(model, bundle.manifest, bundle.weights_folder, [*borders], in_place=False, native=True)
     for number, (step, (feeds, taps)) in enumerate(zip(steps, rolling.run(steps, 1), strict=True)):
         got = taps[name]
         due = truth[step.offset : step.offset + step.input_ids_BT.shape[1]].reshape(got.shape).astype(got.dtype)

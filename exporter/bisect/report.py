@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from exporter.bisect.stages import WeightDifference
+from exporter.bisect.weights import WeightDifference
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Culprit:
     """The first place where the bundle computes something else than the checkpoint says.
 
-    kind: "weight", "constant", "node", "pass", "tracer" or "whole" (no node is off by itself).
+    kind: "weight", "constant", "node", "pass", "kernel" (the node is right where its function body runs), "tracer" or
+        "whole" (no node is off by itself).
     stage: the pass that made the node, "trace" or "canonicalise" for what comes before the passes; None when no pass
         had a hand in it. reproduced: whether this version makes the same fault again; None where that is no question.
     layer: i of `layers.i`, None outside the layers. module: path of the innermost module. node, op: of the node.

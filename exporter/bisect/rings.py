@@ -73,6 +73,11 @@ def declare(model: ir.Model, text: str) -> None:
     model.opset_imports[DOMAIN] = model.graph.opset_imports[DOMAIN] = 1
 
 
+def is_store(node: ir.Node) -> bool:
+    """Whether the node rounds a ring to what is stored."""
+    return node.domain == DOMAIN and node.op_type.startswith("Store")
+
+
 def _read(model: ir.Model, past: ir.Value, dtype: str) -> None:
     """The input `past` takes what is stored; all that read it read it widened."""
     name, shape = str(past.name), past.shape
@@ -82,9 +87,7 @@ def _read(model: ir.Model, past: ir.Value, dtype: str) -> None:
     past.type = _type(dtype)
     if dtype == INT8:
         assert shape is not None
-        scales = ir.Value(
-            name=scale_ring(name), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(list(shape)[:3])
-        )
+        scales = ir.Value(name=scale_ring(name), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(list(shape)[:3]))
         model.graph.inputs.append(scales)
         stored.append(scales)
     model.graph.insert_before(model.graph[0], [_node(f"Read{_SUFFIX[dtype]}", stored, [wide])])

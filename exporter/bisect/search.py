@@ -4,6 +4,9 @@ Golden is the same checkpoint traced again and not fused. Every node of the bund
 state included, and what it gives is held against golden's value of the same name: the first that is off is the
 culprit, since nothing before it can have led it astray. Golden itself is held against the PyTorch reference before.
 
+Nodes are run twice: their function bodies, which are what the file says and what other engines run, and then, where
+this version has native kernels, those, which a session runs. The graph as a whole is run as a session runs it.
+
 The nodes between two values that both graphs have are the smallest model already: for a bundle of this version that
 is one node with its function body. Polygraphy's `debug reduce` could only remove nodes, so there is nothing left for
 it to do (and it would need onnx-graphsurgeon); its runner confirms that what was written fails on its own.
@@ -21,21 +24,24 @@ from exporter.bisect.blame import Case, blame, changed_values, layer_of
 from exporter.bisect.local import ROUNDING, LocalComparison, Off, alone, pairs, steps_of
 from exporter.bisect.modules import TemplateFault, module_off, template_fault
 from exporter.bisect.report import BisectReport, Culprit
-from exporter.bisect.stages import WeightDifference, bound, differing_weights, plan_of, rebuild
+from exporter.bisect.stages import plan_of, rebuild
+from exporter.bisect.weights import BundleWeights
 from exporter.bisect.write import write_culprit
+from exporter.borders import boundary_lengths
 from exporter.bundle_graph import load_graph
 from exporter.layer_parity import compare_graph
 from exporter.layer_report import LayerReport
 from exporter.parity_tools import require_polygraphy
 from exporter.save import absolute, refuse_existing
 from exporter.taps import module_path
-from exporter.borders import boundary_lengths
 from exporter.validate import open_matching
 from graph_passes.graph import source_line
 from reference.checkpoint import Checkpoint
 from reference.parity import TOLERANCES
 from runtime import load
 from runtime.bundle import Bundle, read_bundle
+from runtime.errors import BackendError
+from runtime.kernels import kernels
 
 Progress = Callable[[str, int, int], None]
 _STAGE, _STEPS = "bisecting", 5
@@ -89,17 +95,18 @@ class _Search:
     def run(self) -> BisectReport:
         self._report(0)
         plan = plan_of(self._bundle, self._checkpoint)
-        rebuilt = rebuild(self._bundle, self._checkpoint, plan)
+        weights = BundleWeights(self._bundle, self._model, self._checkpoint)
+        self._reference, wrong = weights.reference(), weights.wrong
         self._report(1)
-        wrong = differing_weights(self._model, self._checkpoint)
-        golden = bound(rebuilt.golden, self._model, self._checkpoint, wrong)
+        rebuilt = rebuild(self._bundle, self._checkpoint, plan, weights.formats)
+        golden = weights.bind(rebuilt.golden)
         self._report(2)
         rows = [self._row, self._row[: len(self._row) // 2 + 1][::-1].copy()][: self._bundle.manifest.kv.max_batch]
-        self._teach(rows, wrong)
+        self._teach(rows, weights)
         steps = steps_of(rows, plan.chunk)
         local = LocalComparison(golden, self._bundle.manifest, self._bundle.weights_folder, steps)
         shared = pairs(self._model, golden)
-        case = Case(self._model, rebuilt, self._checkpoint, wrong, golden, local)
+        case = Case(self._model, rebuilt, weights, golden, shared, local)
         report = BisectReport(
             str(self._bundle.path), str(self._checkpoint.path), None, tuple(wrong.values()), len(shared), len(steps)
         )
@@ -111,22 +118,33 @@ class _Search:
             if fault is not None:
                 return self._template(report, fault)
             return self._whole(report, golden, against, "trace")
-        whole = self._modules(self._model, in_place=True)
+        whole, refusal = None, None
+        try:
+            whole = self._modules(self._model, in_place=True)
+        except BackendError as error:  # a kernel may refuse what a body computes wrongly: a window wider than its ring
+            refusal = error
         # Where nothing is wrong in the end, what one node rounds differently is no fault unless it is a large one.
-        tolerance = ROUNDING if wrong or not whole.passed else TOLERANCES["float32"].ceiling
+        right = whole is not None and whole.passed and not wrong
+        tolerance = TOLERANCES["float32"].ceiling if right else ROUNDING
         offs = local.off(self._model, shared, tolerance=tolerance)
         self._report(4)
         if not offs and wrong:
-            offs = self._readers(local, shared, wrong)
+            offs = self._readers(local, shared, weights)
         if not offs:  # what this version makes otherwise is named as well, however little it moves
             changed = changed_values(self._model, rebuilt.stages[-1].model)
             offs = local.off(self._model, shared, only=changed, tolerance=0.0)
+        native = not offs and kernels() is not None
+        if native:
+            offs = local.off(self._model, shared, tolerance=tolerance, native=True)
         if offs:
             piece = alone(self._model, shared, offs[0].value)
-            culprit = blame(case, offs[0], piece, tuple(off.value for off in offs[1:]))
+            culprit = blame(case, offs[0], piece, tuple(off.value for off in offs[1:]), native=native)
             self._report(_STEPS)
-            return self._written(report, culprit, piece, offs[0])
+            return self._written(report, culprit, piece, offs[0], native=native)
         self._report(_STEPS)
+        if whole is None:
+            assert refusal is not None
+            raise refusal
         return report if whole.passed else self._whole(report, self._model, whole, None)
 
     def _report(self, done: int) -> None:
@@ -134,24 +152,26 @@ class _Search:
             self._progress(_STAGE, done, _STEPS)
 
     def _modules(self, model: ir.Model, *, in_place: bool) -> LayerReport:
-        return compare_graph(model, self._bundle, self._checkpoint, self._row, in_place=in_place)
+        return compare_graph(
+            model, self._bundle, self._checkpoint, self._row, reference=self._reference, in_place=in_place
+        )
 
-    def _teach(self, rows: list[np.ndarray], wrong: dict[str, WeightDifference]) -> None:
+    def _teach(self, rows: list[np.ndarray], weights: BundleWeights) -> None:
         """Put a token whose embedding is wrong into the first row: no other token would show it."""
-        embedding = wrong.get("embed_tokens.weight")
+        embedding = weights.wrong.get("embed_tokens.weight")
         if embedding is not None and embedding.largest < float("inf"):
             rows[0] = rows[0].copy()
             rows[0][len(rows[0]) // 2] = embedding.first // self._checkpoint.config.hidden_size
 
-    def _readers(self, local: LocalComparison, shared: dict[str, str], wrong: dict[str, WeightDifference]) -> list[Off]:
-        """The values made from a wrong weight, however little it moves them."""
-        values = [
-            str(output.name)
-            for node in self._model.graph
-            if any(v is not None and v.name in wrong for v in node.inputs)
-            for output in node.outputs
-        ]
-        return local.off(self._model, shared, only=values, tolerance=-1.0)
+    def _readers(self, local: LocalComparison, shared: dict[str, str], weights: BundleWeights) -> list[Off]:
+        """The values made from a wrong weight, however little it moves them: the first that golden has too."""
+        made: set[ir.Value] = set()
+        for node in self._model.graph:
+            inputs = [v for v in node.inputs if v is not None]
+            reads = any(weights.parameter_of(str(v.name)) in weights.wrong for v in inputs)
+            if reads or any(v in made and v.name not in shared for v in inputs):
+                made.update(node.outputs)
+        return local.off(self._model, shared, only=[str(v.name) for v in made], tolerance=-1.0)
 
     def _template(self, report: BisectReport, fault: TemplateFault) -> BisectReport:
         """Name the stage before golden that changed the function, in the template."""
@@ -171,7 +191,7 @@ class _Search:
         """Name the first module that is off where no single node can be named."""
         first = layers.first_failure
         assert first is not None
-        off, borders = module_off(model, self._bundle, self._checkpoint, self._row, first)
+        off, borders = module_off(model, self._bundle, self._checkpoint, self._reference, self._row, first)
         piece = alone(model, borders, off.value)
         node = list(piece.graph)[-1]
         if stage is not None:
@@ -190,12 +210,14 @@ class _Search:
             )
         return self._written(report, _culprit(off, node, kind, stage, why, first.module), piece, off)
 
-    def _written(self, report: BisectReport, culprit: Culprit, piece: ir.Model, off: Off) -> BisectReport:
+    def _written(
+        self, report: BisectReport, culprit: Culprit, piece: ir.Model, off: Off, *, native: bool = False
+    ) -> BisectReport:
         found = BisectReport(report.bundle, report.checkpoint, culprit, report.weights, report.nodes, report.steps)
         tolerance = 0.0
         if np.issubdtype(off.expected.dtype, np.floating) and np.isfinite(off.error):
             tolerance = min(ROUNDING, off.error / 2) * float(np.abs(off.expected).max(initial=0.0))
-        return write_culprit(self._out, found, piece, off.inputs, off.expected, off.got, tolerance)
+        return write_culprit(self._out, found, piece, off.inputs, off.expected, off.got, tolerance, native=native)
 
 
 def _culprit(off: Off, node: ir.Node, kind: str, stage: str | None, why: str, module: str = "") -> Culprit:

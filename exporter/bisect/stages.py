@@ -24,6 +24,7 @@ from graph_passes.driver import apply, apply_in_step
 from graph_passes.lower.formats import LinearFormat
 from graph_passes.lower.kv import lower_kv
 from graph_passes.lower.linears import lower_linears
+from graph_passes.lower.rounding import allow_rounding
 from graph_passes.region import IR_VERSION
 from graph_passes.twin import Twin
 from reference.checkpoint import Checkpoint
@@ -80,11 +81,12 @@ def plan_of(bundle: Bundle, checkpoint: Checkpoint) -> ExportPlan:
 
 @plain_torch()
 def rebuild(
-    bundle: Bundle, checkpoint: Checkpoint, plan: ExportPlan, formats: Mapping[str, LinearFormat]
+    bundle: Bundle, checkpoint: Checkpoint, plan: ExportPlan, formats: Mapping[str, LinearFormat] | None = None
 ) -> Rebuilt:
     """Trace, canonicalise, fuse and lower again, with proofs off; the front end is the one that the bundle records.
 
-    formats: how the bundle's graph reads each matrix. What is too large to be run is matched on its twin here too, since a matcher tries its readings by running them.
+    formats: how the bundle's graph reads each matrix; None is float32. What is too large to be run is matched on its
+    twin here too, since a matcher tries its readings by running them.
     """
     options = recorded_options(bundle.manifest)
     frontend = open_frontend(
@@ -118,14 +120,16 @@ def rebuild(
             apply_in_step(pair, template, rule, proving=False)
         keep(rule.name, last=rule is pipeline.PIPELINE[-1][0])
     lowered = stages[-1].model.clone()
-    lower_linears(lowered, formats)
+    lower_linears(lowered, formats or {})
     stages.append(Stage(LOWER_WEIGHTS, lowered))
     for stage in stages:
         store_rings(stage.model, plan.kv)
     # The finished graph has such rings of its own.
     finished = _whole(template, plan)
-    lower_linears(finished, formats)
+    lower_linears(finished, formats or {})
     lower_kv(finished, plan.kv)
+    if bundle.manifest.weights.quantization is not None:
+        allow_rounding(finished)
     stages.append(Stage(LOWER_KV, finished))
     return Rebuilt(plan, raw, tuple(early), tuple(stages))
 

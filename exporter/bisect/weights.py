@@ -24,7 +24,7 @@ from exporter.quantize.stream import THREADS, quantized_slices
 from exporter.quantized_reference import QuantizedReference, quantized_reference
 from exporter.recipes import first_readers, graft, parameters, value_of
 from graph_passes.lower.formats import TYPES, LinearFormat, Quantized, Stored, packed_name, scale_name, zero_name
-from graph_passes.unbound import is_unbound
+from graph_passes.unbound import UnboundWeight, is_unbound
 from reference.checkpoint import Checkpoint
 from reference.parameters import EMBEDDING, LM_HEAD
 from reference.quantized_layout import QuantizedFormat, QuantizedRows, dequantize
@@ -102,13 +102,15 @@ class BundleWeights:
         the bundle in another form is widened by nodes.
         """
         copy = model.clone()
+        if isinstance(self.formats.get(LM_HEAD), Quantized):
+            _untie(copy)
         unbound = {name: value for name, value in copy.graph.initializers.items() if is_unbound(value)}
         readers = first_readers(copy, unbound.values())
         made: dict[str, dict[str, Array]] = {}
         for name, value in unbound.items():
             parameter = self.parameter_of(name)
             wanted = self.formats.get(parameter)
-            if parameter in self.wrong:
+            if parameter in self.wrong or (wanted is None and name not in self._held):
                 if parameter not in made:
                     made[parameter] = self._right(parameter)
                 array = made[parameter][name] if name in made[parameter] else self._numbers(parameter).numpy()
@@ -125,7 +127,7 @@ class BundleWeights:
 
     def _formats(self) -> Iterator[tuple[str, LinearFormat]]:
         for name in self._sources:
-            if (packed := self._held.get(packed_name(name))) is not None:
+            if (packed := self._held.get(packed_name(name))) is not None and packed.uses():
                 attributes = next(iter(packed.uses())).node.attributes
                 bits, block = (attributes[key].as_int() for key in ("bits", "block_size"))
                 scale = self._held[scale_name(name)].dtype
@@ -165,7 +167,9 @@ class BundleWeights:
         columns, layout = self._sources[name].shape[-1], _layout(wanted)
         total = int(np.prod(self._sources[name].shape))
         held = [value_of(self._held[part]) for part in _names(name, wanted)]
-        packed, scale, *zero = (part.reshape(-1, *part.shape[axis:]) for part, axis in zip(held, (-2, -1, -1)))
+        packed, scale, *zero = (
+            part.reshape(-1, *part.shape[axis:]) for part, axis in zip(held, (-2, -1, -1), strict=False)
+        )
         found = _Differences()
         first = 0
         for want in self._slices(name, wanted):
@@ -180,6 +184,20 @@ class BundleWeights:
                 found.see(first * columns, a, b)
             first = rows.stop
         return found.of(name, total)
+
+
+def _untie(model: ir.Model) -> None:
+    """Where the head multiplies with the embedding, give it a weight of its own: the embedding is not quantised."""
+    embedding = model.graph.initializers.get(EMBEDDING)
+    uses = [] if embedding is None else [use for use in embedding.uses() if use.node.op_type != "Gather"]
+    if embedding is None or not uses:
+        return
+    assert embedding.shape is not None
+    weight = UnboundWeight(LM_HEAD, ir.DataType.FLOAT, embedding.shape)
+    head = ir.Value(name=LM_HEAD, type=embedding.type, shape=embedding.shape, const_value=weight)
+    model.graph.register_initializer(head)
+    for use in uses:
+        use.node.replace_input_with(use.idx, head)
 
 
 def _layout(wanted: Quantized) -> QuantizedFormat:
@@ -243,5 +261,3 @@ def template_weights(model: ir.Model, plan: ExportPlan, checkpoint: Checkpoint) 
         tensor = load_parameter(checkpoint, sources[".".join(parts)], torch.float32)
         value.const_value = ir.tensor(tensor.numpy(), name=name)
     return copy
-
-

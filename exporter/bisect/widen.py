@@ -14,11 +14,8 @@ from graph_passes.lower.formats import Quantized
 def read_as_float(model: ir.Model, value: ir.Value, parameter: ir.Value, reader: ir.Node) -> None:
     """Give the unbound float32 weight `value` of `model` what `parameter` of another graph holds in two bytes."""
     name, shape = str(value.name), value.shape
-    stored = ir.Value(name=f"{name}.as_stored", type=parameter.type, shape=shape)
-    model.graph.register_initializer(
-        ir.Value(name=stored.name, type=parameter.type, shape=shape, const_value=value.const_value)
-    )
-    stored = model.graph.initializers[str(stored.name)]
+    stored = ir.Value(name=f"{name}.as_stored", type=parameter.type, shape=shape, const_value=value.const_value)
+    model.graph.register_initializer(stored)
     made = ir.Value(name=f"{name}.wide", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
     cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.FLOAT)], outputs=[made], name=f"{name}.widen")
     cast.metadata_props[PARAMETER] = name

@@ -139,7 +139,7 @@ def _kept(checkpoint: Checkpoint, sources: Mapping[str, Source], keep: tuple[Kee
         if not named:
             raise ExportError(
                 f"keep names {one.name!r}, and {checkpoint.path} has no parameter of that name. Names are "
-                f"{', '.join(GROUPS)}, or a pattern over parameters such as {next(reversed(sources))}."
+                f"{', '.join(GROUPS)}, or a pattern over parameters such as {list(sources)[-1]}."
             )
         if one.bits is not None and not quantizable:
             raise ExportError(

@@ -37,7 +37,7 @@ def _in_torch(values_RK: torch.Tensor, quantized: QuantizedFormat, search: bool)
     rows, columns = values_RK.shape
     count, size = quantized.blocks(columns), quantized.block_size
     whole = torch.nn.functional.pad(values_RK, (0, count * size - columns)).view(rows * count, size)
-    parts = [quantize_blocks(part, quantized, search=search) for part in whole.split(_BLOCKS_AT_ONCE)]
+    parts = [quantize_blocks(part, quantized, search=search) for part in torch.split(whole, _BLOCKS_AT_ONCE)]
     zero = None
     if quantized.zero_points:
         zero = torch.cat([part.zero_n for part in parts if part.zero_n is not None]).view(rows, count)
@@ -51,10 +51,12 @@ class ScaleCheck:
     def __init__(self, parameter: str, quantized: QuantizedFormat) -> None:
         self._parameter, self._format = parameter, quantized
         self._largest = 0.0
+        self._vanished = False
 
-    def see(self, scale: torch.Tensor) -> None:
-        """Raises ExportError for a scale that is infinite."""
+    def see(self, scale: torch.Tensor, *, vanished: bool = False) -> None:
+        """Raises ExportError for a scale that is infinite. vanished: all are 0, and not all of the weights."""
         if self._format.scale == "F16" and scale.numel():
+            self._vanished |= vanished
             self._largest = max(self._largest, float(scale.abs().max()))
             if math.isinf(self._largest):
                 raise ExportError(
@@ -63,9 +65,12 @@ class ScaleCheck:
                 )
 
     def finish(self) -> None:
-        """Raises ExportError when every scale was below the smallest that float16 holds to its full 11 bits."""
-        if 0.0 < self._largest < SMALLEST_NORMAL_HALF:
+        """Raises ExportError when every scale was below the smallest that float16 holds to its full 11 bits.
+
+        What lies below half of float16's smallest number has become 0, and the matrix with it.
+        """
+        if (self._largest > 0.0 or self._vanished) and self._largest < SMALLEST_NORMAL_HALF:
             raise ExportError(
                 f"{self._parameter} has weights so small that all its scales lie below {SMALLEST_NORMAL_HALF:.1e}, "
-                "where float16 loses digits. Pass --scales float32 (scales='float32')."
+                "where float16 loses digits and then everything. Pass --scales float32 (scales='float32')."
             )

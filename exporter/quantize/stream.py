@@ -45,9 +45,11 @@ def quantized_slices(
         yield from _packed_slices(checkpoint, source)
         return
     check = ScaleCheck(source.parameter, quantized)
-    waiting: deque[tuple[str, Future[QuantizedRows | None]]] = deque()
+    waiting: deque[tuple[str, Future[tuple[QuantizedRows | None, bool]]]] = deque()
     for tensor, rows_RK in row_slices(checkpoint, source):
-        waiting.append((tensor, pool.submit(quantize_rows, rows_RK, quantized, search=search)))
+        # In a list that the thread empties: its note of the call outlives the result, and a file whose rows anybody
+        # holds stays mapped, all of its pages that were read included.
+        waiting.append((tensor, pool.submit(_emptied, [rows_RK], quantized, search)))
         del rows_RK
         if len(waiting) > THREADS + _AHEAD:
             yield _done(checkpoint, *waiting.popleft(), check)
@@ -56,13 +58,20 @@ def quantized_slices(
     check.finish()
 
 
+def _emptied(only: list[torch.Tensor], quantized: QuantizedFormat, search: bool) -> tuple[QuantizedRows | None, bool]:
+    """The quantised rows, and whether nothing is left of weights that were not all 0."""
+    values_RK = only.pop()
+    rows = quantize_rows(values_RK, quantized, search=search)
+    return rows, rows is not None and not bool(rows.scale.any()) and bool(values_RK.any())
+
+
 def _done(
-    checkpoint: Checkpoint, tensor: str, future: Future[QuantizedRows | None], check: ScaleCheck
+    checkpoint: Checkpoint, tensor: str, future: Future[tuple[QuantizedRows | None, bool]], check: ScaleCheck
 ) -> QuantizedRows:
-    rows = future.result()
+    rows, vanished = future.result()
     if rows is None:
         raise CheckpointError(not_finite(checkpoint, tensor))
-    check.see(rows.scale)
+    check.see(rows.scale, vanished=vanished)
     return rows
 
 

@@ -1,7 +1,8 @@
 """Linear layers: a product with the transpose of a weight becomes one node, which reads the weight as it is stored.
 
-Right because Gemm with these attributes, or MatMul with a turned weight, is the op's definition. Which type the weight is
-stored in, or whether it is quantised, is decided after this, when the model is lowered.
+Right because Gemm with these attributes, or MatMul with a turned weight, is the op's definition. Which type the weight
+is stored in, or whether it is quantised, is decided after this, when the model is lowered. A bias that a Gemm adds is
+split off first, and stays an Add.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Rolling attention: the turning, writing and attending nodes of a layer become one.
 
-Right because it is what the op's body says: both rotations with the same angles, both writes and the attention with the
-same rows, the attention over the two rings just written. The layout of queries, keys and values changes to that of the
-projections, so that their Transposes go.
+Right because it is what the op's body says: both rotations with the same angles, both writes and the attention with
+the same rows, the attention over the two rings just written. Each ring comes from outside, leaves again and has no
+other reader before it is written, so that it may stay in one place. Nothing that goes into the node may depend on what
+it gives: the nodes before could be computed one after the other, and a single one could not. The layout of queries,
+keys and values changes to that of the projections, so that their Transposes go.
 """
 
 from __future__ import annotations
@@ -31,8 +33,7 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
     for write in (key_write, value_write):
         if operand(write, 2) is not start or operand(write, 3) is not count:
             raise Refusal("the ring is written at other positions than are attended to", write)
-        if not write.outputs[0].is_graph_output():
-            raise Refusal("the written ring does not leave the graph", write)
+        _refuse_ring(write)
     cos, sin = operand(query_turn, 1), operand(query_turn, 2)
     interleaved = query_turn.attributes["interleaved"].as_int()
     if operand(key_turn, 1) is not cos or operand(key_turn, 2) is not sin:
@@ -43,7 +44,7 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
     if tuple(permutation(back)) != _TURN:
         raise Refusal("what was attended to is not brought back into the order of tokens and heads", back)
     new = (operand(query_turn, 0), operand(key_turn, 0), operand(value_write, 1))
-    return Match(
+    found = Match(
         "rolling_attention",
         ROLLING_ATTENTION,
         anchor,
@@ -52,9 +53,50 @@ def match(model: ir.Model, anchor: ir.Node) -> Match:
             "scale": float(anchor.attributes["scale"].as_float()),
             "window": anchor.attributes["window"].as_int(),
             "interleaved": interleaved,
+            "rounds": 0,
         },
         (back.outputs[0], key_write.outputs[0], value_write.outputs[0]),
     )
+    _refuse_twice(found)
+    _refuse_cycle(found)
+    return found
+
+
+def _refuse_ring(write: ir.Node) -> None:
+    """Refuses a ring that could not lie in one place before and after: the node writes where it reads."""
+    past = operand(write, 0)
+    if not past.is_graph_input():
+        raise Refusal(f"the ring {past.name!r} does not come from outside", write)
+    if not write.outputs[0].is_graph_output():
+        raise Refusal("the written ring does not leave the graph", write)
+    others = [use.node for use in past.uses() if use.node is not write and use.node.op_type != "Shape"]
+    if others:
+        raise Refusal(
+            f"{others[0].op_type} reads the old ring {past.name!r} as well, and may find it written", others[0]
+        )
+
+
+def _refuse_twice(found: Match) -> None:
+    """Refuses one value in two places, such as one ring for both or keys that are the values: no proof tells them."""
+    names = [str(value.name) for value in found.sources]
+    for name in names:
+        if names.count(name) > 1:
+            places = [at for at, other in zip(found.op.inputs, names, strict=True) if other == name]
+            raise Refusal(f"{name!r} is {' and '.join(places)}", found.anchor)
+
+
+def _refuse_cycle(found: Match) -> None:
+    """Refuses inputs that are computed from the outputs."""
+    seen, stack = set(found.sources), list(found.sources)
+    while stack:
+        value = stack.pop()
+        if value in found.outputs:
+            raise Refusal(f"an input depends on {value.name!r}, which the node would give", value.producer())
+        node = value.producer()
+        for before in node.inputs if node is not None else ():
+            if before is not None and before not in seen:
+                seen.add(before)
+                stack.append(before)
 
 
 def _plugin(value: ir.Value, op: str) -> ir.Node:
@@ -82,6 +124,4 @@ def _tokens_first(value: ir.Value) -> Operand:
     )
 
 
-RULE = Rule(
-    "rolling_attention", ROLLING_ATTENTION, frozenset({(DOMAIN, SLIDING_WINDOW_ATTENTION.name)}), match
-)
+RULE = Rule("rolling_attention", ROLLING_ATTENTION, frozenset({(DOMAIN, SLIDING_WINDOW_ATTENTION.name)}), match)

@@ -1,8 +1,8 @@
 """Gives every weight of the fused model the type that it is stored in, and quantised ones the nodes that read them.
 
-A weight that is stored in two bytes is an initializer of that type, which StoredMatMul and MixtureOfExperts read as it is;
-behind an embedding's Gather the few rows that were read are widened. A quantised one becomes three initializers (numbers,
-scales, zero points) of a QuantizedMatMul or QuantizedMixtureOfExperts.
+A weight that is stored in two bytes is an initializer of that type, which StoredMatMul and MixtureOfExperts read as it
+is; behind an embedding's Gather the few rows that were read are widened. A quantised one becomes three initializers
+(numbers, scales, zero points) of a QuantizedMatMul or QuantizedMixtureOfExperts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from graph_passes.lower.formats import TYPES, LinearFormat, Quantized, Stored, packed_name, scale_name, zero_name
 from graph_passes.ops.base import DOMAIN, Attributes, PluginOp, declare
@@ -43,8 +44,12 @@ def lower_linears(model: ir.Model, formats: Mapping[str, LinearFormat]) -> None:
             _retype(model, value, wanted)
     for name, wanted in formats.items():
         held = packed_name(name) if isinstance(wanted, Quantized) else name
-        if held not in model.graph.initializers:
-            raise FusionError(f"The weight {name} is to be {wanted}, but no node of the graph can read it like that.")
+        due = TYPES["U8" if isinstance(wanted, Quantized) else wanted.dtype]
+        found = model.graph.initializers.get(held)
+        left = isinstance(wanted, Quantized) and name in model.graph.initializers
+        if found is None or found.dtype != due or left:
+            raise FusionError(f"The weight {name} is to be {wanted}, but some node of the graph cannot read it so.")
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def _lower_product(model: ir.Model, node: ir.Node, formats: Mapping[str, LinearFormat]) -> None:
@@ -94,9 +99,7 @@ def _lower_experts(model: ir.Model, node: ir.Node, formats: Mapping[str, LinearF
     _replace(model, node, QUANTIZED_MIXTURE_OF_EXPERTS, [*node.inputs[:3], *numbers, *zeros], attributes)
 
 
-def _initializers(
-    model: ir.Model, name: str, shape: tuple[int, ...], wanted: Quantized
-) -> list[ir.Value]:
+def _initializers(model: ir.Model, name: str, shape: tuple[int, ...], wanted: Quantized) -> list[ir.Value]:
     """Numbers, scales and, if there are any, zero points of a parameter [..., N, K], unbound."""
     *leading, K = shape
     B = blocks(K, wanted.block_size)
@@ -113,9 +116,7 @@ def _unbound(model: ir.Model, name: str, dtype: str, extents: Sequence[int]) -> 
     if name not in model.graph.initializers:
         shape, kind = ir.Shape(extents), TYPES[dtype]
         weight = UnboundWeight(name, kind, shape)
-        model.graph.register_initializer(
-            ir.Value(name=name, type=ir.TensorType(kind), shape=shape, const_value=weight)
-        )
+        model.graph.register_initializer(ir.Value(name=name, type=ir.TensorType(kind), shape=shape, const_value=weight))
     return model.graph.initializers[name]
 
 
@@ -129,6 +130,12 @@ def _replace(
     made.name = node.name
     made.metadata_props.update(node.metadata_props)
     for function in op.functions(attributes):
+        present = model.functions.get(function.identifier())
+        if present is not None and str(ir.to_proto(present)) != str(ir.to_proto(function)):
+            raise FusionError(
+                f"{node.name}: this node needs another function body of {function.name} than an earlier one, and an "
+                "ONNX file holds one. Give all layers one format, with zero points or without."
+            )
         declare(model, function)
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], [made], [old], [new])
     new.name = name
@@ -155,7 +162,9 @@ def _widen_after(model: ir.Model, gather: ir.Node, kind: ir.DataType) -> None:
     """Cast what was gathered, which is far less than what it was gathered from."""
     rows = gather.outputs[0]
     wide = ir.Value(name=f"{rows.name}__wide", type=rows.type, shape=rows.shape)
-    cast = ir.Node("", "Cast", [rows], [ir.AttrInt64("to", ir.DataType.FLOAT)], outputs=[wide], name=f"{gather.name}__widen")
+    cast = ir.Node(
+        "", "Cast", [rows], [ir.AttrInt64("to", ir.DataType.FLOAT)], outputs=[wide], name=f"{gather.name}__widen"
+    )
     cast.metadata_props.update(gather.metadata_props)
     ir.convenience.replace_all_uses_with(rows, wide)
     cast.replace_input_with(0, rows)

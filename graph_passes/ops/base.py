@@ -38,7 +38,7 @@ class PluginOp:
     examples: tuples of input arrays on which two implementations must agree; they sit on the op's boundaries, and
         they may be smaller than the shapes of the node to be proved where the op does not care about a size.
     pointwise: inputs and outputs all have one shape, of any rank; their names then carry no shape.
-    rows: the op works on the last axes, which the names carry, of values with any axes before them.
+    rows: the op works on the last axis of its first input, which like the output may have any axes before it.
     calls: plugin ops whose function bodies this one's body calls.
     imports: operator sets besides the standard one that the body needs, name to version.
     optional: how many of the last inputs may be left out.

@@ -20,11 +20,25 @@ MICROSOFT = {"com.microsoft": 1}
 
 
 def product(x: str, packed: str, scale: str, zero: str, y: str, K: str, N: str) -> str:
-    """The statements of one product; scales are widened to the type of the activations, as MatMulNBits wants them."""
+    """The statements of one product; scales are widened to the type of the activations, as MatMulNBits wants them.
+
+    ONNX Runtime's MatMulNBits rounds a NaN to some number when it rounds activations, and nobody would see that there
+    was one. So x - x is added up, which is 0, or NaN where an element of the row is infinite or NaN: by a product with
+    ones, since ONNX Runtime's ReduceSum gives no rows at all (of which nobody asks for logits) another shape.
+    """
     return f"""
+    {y}_one_raw = Constant <value_floats = [1.0]> ()
+    {y}_one = CastLike ({y}_one_raw, {x})
+    {y}_width = Shape <start = -1> ({x})
+    {y}_1 = Constant <value_ints = [1]> ()
+    {y}_column = Concat <axis = 0> ({y}_width, {y}_1)
+    {y}_ones = Expand ({y}_one, {y}_column)
+    {y}_nothing = Sub ({x}, {x})
+    {y}_fault = MatMul ({y}_nothing, {y}_ones)
     {y}_scale = CastLike ({scale}, {x})
-    {y} = com.microsoft.MatMulNBits <K: int = @{K}, N: int = @{N}, bits: int = @bits, block_size: int = @block_size,
-        accuracy_level = 4> ({x}, {packed}, {y}_scale, {zero})
+    {y}_product = com.microsoft.MatMulNBits <K: int = @{K}, N: int = @{N}, bits: int = @bits,
+        block_size: int = @block_size, accuracy_level = 4> ({x}, {packed}, {y}_scale, {zero})
+    {y} = Add ({y}_product, {y}_fault)
     """
 
 
@@ -43,6 +57,7 @@ def zero_bytes(K: int, block_size: int, bits: int) -> int:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    """One row and three; all numbers and zero points there are, the filled-up end of the last block among them."""
     K, N, bits, size = (int(attributes[name]) for name in ("K", "N", "bits", "block_size"))
     B = blocks(K, size)
     for rows in (1, 3):

@@ -1,10 +1,12 @@
-"""QuantizedMixtureOfExperts: MixtureOfExperts with matrices of 4-bit or 8-bit numbers, in the layout of QuantizedMatMul."""
+"""QuantizedMixtureOfExperts: MixtureOfExperts with matrices of 4-bit or 8-bit numbers, as QuantizedMatMul has them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from graph_passes.ops.activations import activation_body
 from graph_passes.ops.base import Arrays, Attributes, PluginOp, Shapes
@@ -37,7 +39,9 @@ def _body(attributes: Attributes) -> str:
             stacks = {"packed": f"{name}_ERBb", "scale": f"{name}_scale_ERB"}
             if attributes["zero_points"]:
                 stacks["zero"] = f"{name}_zero_ERZ"
-            lines += [f"    {name}_{part}_{e} = Gather <axis = 0> ({stack}, number_{e})" for part, stack in stacks.items()]
+            lines += [
+                f"    {name}_{part}_{e} = Gather <axis = 0> ({stack}, number_{e})" for part, stack in stacks.items()
+            ]
         lines += [_product(name, e, "x_NC", "hidden", "intermediate", attributes) for name in ("gate", "up")]
         lines.append(activation_body(str(attributes["activation"]), f"gate_{e}", f"active_{e}", f"_{e}"))
         lines.append(f"    gated_{e} = Mul (active_{e}, up_{e})")
@@ -64,6 +68,7 @@ def _product(name: str, expert: int, source: str, K: str, N: str, attributes: At
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    """One token and five, each with experts of its own; all numbers and zero points there are."""
     E, C, I, bits, size = (
         int(attributes[name]) for name in ("num_experts", "hidden", "intermediate", "bits", "block_size")
     )
@@ -72,7 +77,8 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
         x = rng.standard_normal((N, C), dtype=np.float32)
         weight = rng.random((N, K), dtype=np.float32)
         expert = np.stack([rng.permutation(E)[:K] for _ in range(N)]).astype(np.int64)
-        matrices, zeros = [], []
+        matrices: list[npt.NDArray[Any]] = []
+        zeros: list[npt.NDArray[Any]] = []
         for rows, columns in ((I, C), (I, C), (C, I)):
             B = blocks(columns, size)
             matrices.append(rng.integers(0, 256, (E, rows, B, size * bits // 8), dtype=np.uint8))
@@ -98,5 +104,5 @@ QUANTIZED_MIXTURE_OF_EXPERTS = PluginOp(
     imports=MICROSOFT,
     optional=3,
 )
-"""x [N, C], weight [N, K], expert int64 [N, K]; gate and up uint8 [E, I, B, b], down uint8 [E, C, B, b], each with scales
-[E, R, B] and, with zero_points = 1, zero points [E, R, Z]; to y [N, C] as MixtureOfExperts gives it."""
+"""x [N, C], weight [N, K], expert int64 [N, K]; gate and up uint8 [E, I, B, b], down uint8 [E, C, B, b], each with
+scales [E, R, B] and, with zero_points = 1, zero points [E, R, Z]; to y [N, C] as MixtureOfExperts gives it."""

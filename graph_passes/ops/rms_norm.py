@@ -1,4 +1,4 @@
-"""RMSNorm: each row divided by its root mean square, times a learned weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+"""RMSNorm: each row divided by its root mean square, times a weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
 from __future__ import annotations
 

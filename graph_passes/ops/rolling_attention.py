@@ -1,7 +1,7 @@
 """RollingAttention: everything between a layer's projections, in one node: RoPE, ring write, windowed attention.
 
-Its body calls those of RotaryEmbedding, RollingKVWrite and SlidingWindowAttention, where each is defined. One node, since
-a kernel then turns, writes and attends in one pass over the ring, and reads the layout that the projections give.
+Its body calls those of RotaryEmbedding, RollingKVWrite and SlidingWindowAttention, where each is defined. One node,
+since a kernel then turns, writes and attends in one pass over the ring, and reads the layout that the projections give.
 """
 
 from __future__ import annotations
@@ -35,20 +35,42 @@ def _body(attributes: Attributes) -> str:
     {_TURNED}
     stored_key = CastLike (rotated_key, past_key_BGSD)
     stored_value = CastLike (value_BGTD, past_value_BGSD)
-    present_key_BGSD = cierzo.RollingKVWrite (past_key_BGSD, stored_key, start_B, count_B)
-    present_value_BGSD = cierzo.RollingKVWrite (past_value_BGSD, stored_value, start_B, count_B)
+    {_marked("key")}
+    {_marked("value")}
+    present_key_BGSD = cierzo.RollingKVWrite (past_key_BGSD, marked_key, start_B, count_B)
+    present_value_BGSD = cierzo.RollingKVWrite (past_value_BGSD, marked_value, start_B, count_B)
     held_key = CastLike (present_key_BGSD, query_BTHD)
     held_value = CastLike (present_value_BGSD, query_BTHD)
     {_ATTENDED}
     """
 
 
-def _int8_write(what: str, new: str) -> str:
-    """Integers travel as float32, which is exact and what every runtime can choose between."""
+def _marked(what: str) -> str:
+    """Infinities become NaN: x + (x - x).
+
+    An infinite key that a query points away from would have no weight at all, and nobody would see that the ring's type
+    could not hold it.
+    """
     return f"""
+    wide_{what} = CastLike (stored_{what}, query_BTHD)
+    nothing_{what} = Sub (wide_{what}, wide_{what})
+    whole_{what} = Add (wide_{what}, nothing_{what})
+    marked_{what} = CastLike (whole_{what}, past_{what}_BGSD)
+    """
+
+
+def _int8_write(what: str, new: str) -> str:
+    """Integers travel as float32, which is exact and what every runtime can choose between.
+
+    The scale of a vector that is not finite is NaN, since no integer is.
+    """
+    return f"""
+    {what}_nothing = Sub ({new}, {new})
+    {what}_fault = ReduceSum <keepdims = 1> ({what}_nothing, last_axis)
     {what}_magnitude = Abs ({new})
     {what}_largest = ReduceMax <keepdims = 1> ({what}_magnitude, last_axis)
-    {what}_unit = Div ({what}_largest, most)
+    {what}_finite_unit = Div ({what}_largest, most)
+    {what}_unit = Add ({what}_finite_unit, {what}_fault)
     {what}_empty = Equal ({what}_unit, zero)
     {what}_divisor = Where ({what}_empty, one, {what}_unit)
     {what}_ratio = Div ({new}, {what}_divisor)
@@ -104,7 +126,7 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
 
 _INPUTS = ("query_BTHD", "key_BTGD", "value_BTGD", "cos_BTd", "sin_BTd", "past_key_BGSD", "past_value_BGSD")
 _ROWS = ("start_B", "count_B")
-_ATTRIBUTES = {"scale": "float", "window": "int", "interleaved": "int"}
+_ATTRIBUTES = {"scale": "float", "window": "int", "interleaved": "int", "rounds": "int"}
 
 ROLLING_ATTENTION = PluginOp(
     name="RollingAttention",
@@ -118,11 +140,15 @@ ROLLING_ATTENTION = PluginOp(
 """query [B, T, H, D], key and value [B, T, G, D], cos and sin [B, T, D/2], all float32; rings float32 or float16
 [B, G, S, D]; start and count int64 [B]; to attended [B, T, H, D] and the rings after the write.
 
-A runtime binds past and present to one buffer. scale, window, interleaved: see the three ops that the body calls.
+What becomes infinite in a ring is stored as NaN. A runtime binds past and present to one buffer. scale, window,
+interleaved: see the three ops that the body calls. rounds: 1 allows a runtime to round queries, keys, values and
+weights of attention to bfloat16 before they are multiplied, where a row has several tokens in a step, as long as it
+adds in float32; 0, or none, does not. What the rings hold is not rounded by it, and the body never rounds.
 """
 
 
 def _int8_examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    """The rows of RollingAttention over rings of all numbers from −127 to 127, each vector with a scale of its own."""
     for *inputs, past_key, past_value, start, count in _examples(rng, attributes, shapes):
         rings = [rng.integers(-127, 128, past.shape, dtype=np.int8) for past in (past_key, past_value)]
         scales = [rng.random(past.shape[:3], dtype=np.float32) / 64 for past in (past_key, past_value)]
@@ -140,5 +166,6 @@ ROLLING_ATTENTION_INT8 = PluginOp(
 )
 """RollingAttention over rings of int8 [B, G, S, D] with a float32 scale for each head of each token, [B, G, S].
 
-A vector v (a key after RoPE, or a value) is stored as round(v / s), ties to even, with s = max|v| / 127.
+A vector v (a key after RoPE, or a value) is stored as round(v / s), ties to even, with s = max|v| / 127, or NaN
+where an element of v is infinite or NaN.
 """

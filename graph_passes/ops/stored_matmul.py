@@ -22,6 +22,7 @@ def _body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    """One row and three under every axis; weights of the node's own size as far as that is small."""
     *leading, _ = shapes[0]
     N, K = (extent if isinstance(extent, int) else 5 for extent in shapes[1])
     if N * K > _MOST_NUMBERS:

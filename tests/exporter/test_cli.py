@@ -196,7 +196,8 @@ def test_export_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path
         return out
 
     monkeypatch.setattr("exporter.export", export)
-    weights = ["--weights", "fp32", "--copy", "--no-hash"]
+    weights = ["--weights", "int4", "--copy", "--no-hash", "--kv", "int8", "--block-size", "128", "--zero-points"]
+    weights += ["--scales", "float32", "--quantizer", "rtn", "--keep", "lm_head=int8", "--keep", "first"]
     sizes = ["--chunk", "16", "--max-batch", "2", "--context", "64", "--no-prove"]
     keys = ["--ignore-config-key", "a", "--ignore-config-key", "b"]
     source = ["--frontend", "transformers", "--attention", "eager", "--layout", "native", "--text-only"]
@@ -215,7 +216,13 @@ def test_export_passes_every_option_on(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert seen == {
         "checkpoint": tmp_path,
         "out": tmp_path / "out",
-        "weights": "fp32",
+        "weights": "int4",
+        "block_size": 128,
+        "zero_points": True,
+        "scales": "float32",
+        "quantizer": "rtn",
+        "keep": ("lm_head=int8", "first"),
+        "kv": "int8",
         "copy": True,
         "hashes": False,
         "layout": "native",
@@ -259,10 +266,14 @@ def test_validate_exits_with_the_verdict(
 
     monkeypatch.setattr("exporter.validate.validate", validate)
     monkeypatch.setattr("exporter.validate.render", render)
+    text = tmp_path / "text"
+    text.touch()
     arguments = ["--backend", "abacus", "--seed", "3", "--verify", "--weights-folder", str(tmp_path)]
+    arguments += ["--text", str(text), "--max-kl", "0.25"]
     result = run("validate", tmp_path, *arguments, *(["--json"] if as_json else []))
     assert result.exit_code == exit_code
     options = {"backend": "abacus", "seed": 3, "verify": True, "weights_folder": tmp_path, "progress": None}
+    options |= {"text": text, "max_kl": 0.25}
     assert seen == [tmp_path, None, options]
     assert "has no hash of model.safetensors, so only the size was compared" in result.stderr
     if as_json:

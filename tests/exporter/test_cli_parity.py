@@ -31,10 +31,10 @@ def right() -> Exported:
 
 @pytest.fixture(scope="module")
 def wrong(right: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    def widen(model: onnx.ModelProto) -> None:
-        attribute(model, "SlidingWindowAttention", "window", 1).i += 1
+    def narrow(model: onnx.ModelProto) -> None:
+        attribute(model, "RollingAttention", "window", 1).i -= 1
 
-    return planted(right.bundle, tmp_path_factory.mktemp("planted") / "wrong", widen)
+    return planted(right.bundle, tmp_path_factory.mktemp("planted") / "wrong", narrow)
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +111,9 @@ def test_bisect_exits_with_what_it_found(right: Exported, wrong: Path, tmp_path:
     assert json.loads(healthy.stdout)["culprit"] is None
     found = run("bisect", wrong, right.checkpoint, "--out", tmp_path / "out")
     assert found.exit_code == 1
-    assert "SlidingWindowAttention layers.1.node_softmax" in found.stdout
+    assert "RollingAttention layers.1.node_softmax" in found.stdout
     assert "this version's does not" in found.stdout
-    assert "its window is 5 where the bundle has 6" in " ".join(found.stdout.split())
+    assert "its window is 5 where the bundle has 4" in " ".join(found.stdout.split())
     again = run("bisect", wrong, right.checkpoint, "--out", tmp_path / "out", "--json")
     assert again.exit_code == 2
     assert "exists already" in json.loads(again.stdout)["error"]["message"]

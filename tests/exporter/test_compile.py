@@ -70,7 +70,7 @@ def test_the_manifest_describes_the_bundle() -> None:
     assert {"python", "numpy", "torch", "onnxruntime"} <= manifest["provenance"]["versions"].keys()
     assert manifest["kv"]["max_batch"] == 2
     assert manifest["fusion"]["proved"]
-    assert manifest["fusion"]["nodes"]["SlidingWindowAttention"] == 2
+    assert manifest["fusion"]["nodes"].items() >= {"RollingAttention": 2, "RMSNorm": 5}.items()
     assert 0 <= manifest["fusion"]["largest_error"] < 1e-5
 
 
@@ -195,21 +195,31 @@ def test_a_fusion_that_fires_too_rarely_stops_the_export(tmp_path: Path, monkeyp
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("fault", ["window", "count"])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("window", r"windows \(6, 5\) and the checkpoint says \(5, 5\)"),
+        ("count", "holds 1 nodes of RotaryEmbedding where 0"),
+        ("rings", r"layer 0 reads and writes the rings past\.0\.value, past\.0\.key, present\.0\.key"),
+    ],
+)
 def test_a_stitched_model_that_breaks_the_contract_stops_the_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, words: str
 ) -> None:
     def spoil(template: ir.Model, plan: ExportPlan) -> ir.Model:
         model = exporter.stitch.stitch(template, plan)
-        node = next(node for node in model.graph if node.op_type == "SlidingWindowAttention")
+        node = next(node for node in model.graph if node.op_type == "RollingAttention")
         if fault == "window":
             node.attributes["window"] = ir.AttrInt64("window", 6)
+        elif fault == "rings":
+            key, value = node.inputs[5:7]
+            node.replace_input_with(5, value)
+            node.replace_input_with(6, key)
         else:
             node.op_type = "RotaryEmbedding"
         return model
 
     monkeypatch.setattr(exporter.compile, "stitch", spoil)
-    words = r"windows \(6, 5\) and the checkpoint says \(5, 5\)" if fault == "window" else "holds 5 nodes of Rotary"
     with shared_traces(), pytest.raises(FusionError, match=words):
         export(checkpoint(), tmp_path / "bundle", chunk=4)
     assert names(tmp_path) == []
@@ -231,6 +241,8 @@ def test_expected_fusions_follow_from_the_architecture() -> None:
         plan = make_plan(open_checkpoint(checkpoint(**settings)).config, chunk=4)
         return exporter.compile.expected_fusions(plan, plan.config.num_layers)
 
-    both = {"rope": 6, "rolling_kv": 6, "gqa": 3, "sliding_window": 3}
-    assert expected(num_layers=3) == both | {"gated_activation": 3}
-    assert expected(num_layers=3, architecture="mixtral") == both | {"moe_gate": 3, "moe": 3}
+    both = {"rope": 6, "rolling_kv": 6, "gqa": 3, "sliding_window": 3, "rolling_attention": 3, "rms_norm": 7}
+    assert expected(num_layers=3) == both | {"gated_activation": 3, "linear": 22}
+    normed = both | {"rms_norm": 13, "gated_activation": 3, "linear": 22}  # queries and keys as well
+    assert expected(num_layers=3, architecture="qwen3") == normed
+    assert expected(num_layers=3, architecture="mixtral") == both | {"moe_gate": 3, "moe": 3, "linear": 16}

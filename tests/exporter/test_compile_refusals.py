@@ -130,7 +130,7 @@ def test_weights(source: Path, target: Path, name: str) -> None:
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "weights": ({"weights": "int3"}, "weights = 'int3' is not one that this version writes (stored, fp32)"),
+    "weights": ({"weights": "int3"}, "weights = 'int3' is not one that this version writes (stored, fp32, int8, int4)"),
     "no chunk": ({"chunk": 0}, "chunk is 0, but must be a whole number of at least 1"),
     "no rows": ({"max_batch": 0}, "max_batch is 0, but must be"),
     "no context": ({"context": 0}, "context is 0, but must be"),

@@ -99,18 +99,18 @@ def test_the_watched_reference_is_the_reference(dense: Exported) -> None:
 
 
 def window_of_layer_1(model: onnx.ModelProto) -> None:
-    attribute(model, "SlidingWindowAttention", "window", 1).i += 1
+    attribute(model, "RollingAttention", "window", 1).i -= 1
 
 
-def interleaved_query_of_layer_2(model: onnx.ModelProto) -> None:
-    attribute(model, "RotaryEmbedding", "interleaved", 4).i = 1
+def interleaved_heads_of_layer_2(model: onnx.ModelProto) -> None:
+    attribute(model, "RollingAttention", "interleaved", 2).i = 1
 
 
 @pytest.mark.parametrize(
     ("fault", "first"),
     [
         (window_of_layer_1, "layers.1.self_attn.o_proj"),
-        (interleaved_query_of_layer_2, "layers.2.self_attn.o_proj"),
+        (interleaved_heads_of_layer_2, "layers.2.self_attn.o_proj"),
     ],
 )
 def test_a_fault_is_off_from_its_module_on(

@@ -163,6 +163,10 @@ def test_scales_that_float16_cannot_hold_are_refused() -> None:
     check.see(scales(1e-5, half))
     with pytest.raises(ExportError, match=r"layers.0.x has weights so small.*--scales float32"):
         check.finish()
+    check = ScaleCheck("layers.0.x", half)
+    check.see(scales(1e-8, half), vanished=True)
+    with pytest.raises(ExportError, match=r"layers.0.x has weights so small"):
+        check.finish()
     for values in ([1e-5, 1.0], [0.0], [1.0]):  # one that is large enough, or none at all
         check = ScaleCheck("layers.0.x", half)
         for value in values:

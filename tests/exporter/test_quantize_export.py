@@ -67,7 +67,7 @@ def dequantised(bundle: Path, source: Path) -> Model:
 
 
 def logits(bundle: Path) -> np.ndarray[Any, Any]:
-    return load(bundle, threads=1).forward(np.array(TOKENS, dtype=np.int64))[0]
+    return np.asarray(load(bundle, threads=1).forward(np.array(TOKENS, dtype=np.int64))[0])
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exporter.bundle_graph import BundleTensor
-from exporter.recipes import (
-    PARAMETER,
-    Recipe,
-    StoredPiece,
-    bind_weights,
-    first_readers,
-    graft,
-    parameters,
-    referenced,
-    value_of,
-)
+from exporter.recipe import Recipe, StoredPiece, with_equal_experts
+from exporter.recipes import PARAMETER, bind_weights, first_readers, graft, parameters, referenced, value_of
 from exporter.weights import WEIGHTS_FILE, plan_file, write_weights
+from graph_passes.lower.formats import TYPES
 from graph_passes.unbound import UnboundWeight
 from reference.checkpoint import SINGLE_FILE, Checkpoint, open_checkpoint
 from reference.weights import WeightSource, bind, load_parameter
@@ -53,14 +46,20 @@ def opened_case(name: str, folder: Path) -> Checkpoint:
     return open_checkpoint(as_native(source, folder / "native") if native else source)
 
 
-def graph_with(shapes: dict[str, tuple[int, ...]]) -> ir.Model:
-    """A model that gives out each of its unbound weights as it is, under the name `NAME.out`."""
+def graph_with(shapes: dict[str, tuple[int, ...]], recipes: Sequence[Recipe]) -> ir.Model:
+    """A model that gives out each of its unbound weights, widened to float32, under the name `NAME.out`.
+
+    A weight has the type that its recipe gives, as lowering leaves it.
+    """
+    types = {recipe.parameter: TYPES[recipe.dtype] for recipe in recipes}
     nodes, values = [], []
     for name, shape in shapes.items():
-        weight = UnboundWeight(name, ir.DataType.FLOAT, ir.Shape(shape))
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape), const_value=weight)
-        out = ir.Value(name=f"{name}.out", type=value.type, shape=value.shape)
-        nodes.append(ir.Node("", "Identity", [value], outputs=[out], name=f"read {name}"))
+        dtype = types.get(name, ir.DataType.FLOAT)
+        weight = UnboundWeight(name, dtype, ir.Shape(shape))
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=weight)
+        out = ir.Value(name=f"{name}.out", type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
+        cast = [ir.AttrInt64("to", ir.DataType.FLOAT)]
+        nodes.append(ir.Node("", "Cast", [value], cast, outputs=[out], name=f"read {name}"))
         values.append(value)
     graph = ir.Graph(
         [], [node.outputs[0] for node in nodes], nodes=nodes, opset_imports={"": 24}, name="weights",
@@ -99,18 +98,20 @@ def check(opened: Checkpoint, model: ir.Model, folder: Path) -> None:
     for name, source in sources.items():
         expected = load_parameter(opened, source, torch.float32).numpy()
         assert np.array_equal(engine[name], expected), name
-        assert np.array_equal(value_of(held[name]), expected), name
-        assert value_of(held[name]).dtype == np.float32
+        made = value_of(held[name])
+        assert np.array_equal(made.astype(np.float32), expected), name
+        assert held[name].dtype == ir.DataType.from_numpy(made.dtype), name
 
 
 def bound(opened: Checkpoint, folder: Path) -> ir.Model:
     """The graph of all parameters, reading the checkpoint's files, which are linked into `folder`."""
     sources = {name: source for name, source in bind(opened).items() if isinstance(source, WeightSource)}
-    model = graph_with({name: source.shape for name, source in sources.items()})
     files = sorted({entry.file for entry in opened.tensors.values()})
     for file in files:
         (folder / file.name).hardlink_to(file)
-    bind_weights(model, referenced(opened, sources, {file: file.name for file in files}))
+    recipes = referenced(opened, sources, {file: file.name for file in files})
+    model = graph_with({name: source.shape for name, source in sources.items()}, recipes)
+    bind_weights(model, recipes)
     return model
 
 
@@ -123,10 +124,10 @@ def test_an_engine_and_numpy_make_the_parameters(tmp_path: Path, name: str) -> N
     "name,ops",
     [
         ("float32", {}),
-        ("bfloat16, tied", {"Cast": 20}),
+        ("bfloat16, tied", {"Cast": 5}),  # two norms a layer, and the last one
         ("native", {"Gather": 4}),
-        ("native, bfloat16", {"Gather": 4, "Cast": 21}),
-        ("an expert per tensor", {"Concat": 6, "Cast": 23}),
+        ("native, bfloat16", {"Gather": 4, "Cast": 5}),
+        ("an expert per tensor", {"Concat": 6, "Cast": 5}),
         ("stacked experts", {"Concat": 4}),  # gate and up lie in one tensor, an expert at a time
     ],
 )
@@ -166,10 +167,10 @@ def test_a_file_of_the_bundles_own(tmp_path: Path, kind: str) -> None:
     sources = bind(opened)
     planned = plan_file(opened, sources, kind)
     write_weights(opened, sources, planned, tmp_path / WEIGHTS_FILE)
-    model = graph_with({name: source.shape for name, source in sources.items()})
     recipes = planned.recipes()
+    model = graph_with({name: source.shape for name, source in sources.items()}, recipes)
     bind_weights(model, recipes)
-    assert sum(PARAMETER in node.metadata_props for node in model.graph) == (21 if kind == "stored" else 0)
+    assert sum(PARAMETER in node.metadata_props for node in model.graph) == (5 if kind == "stored" else 0)
     assert sum(recipe.folded_bytes for recipe in recipes) == (
         sum(4 * math.prod(source.shape) for source in sources.values()) if kind == "stored" else 0
     )
@@ -179,8 +180,11 @@ def test_a_file_of_the_bundles_own(tmp_path: Path, kind: str) -> None:
 def test_a_grafted_recipe_computes_the_same(tmp_path: Path) -> None:
     opened = opened_case("native experts", tmp_path)
     sources = bind(opened)
-    held = parameters(bound(opened, tmp_path))
-    model = graph_with({name: source.shape for name, source in sources.items()})
+    original = bound(opened, tmp_path)
+    held = parameters(original)
+    files = {entry.file: entry.file.name for entry in opened.tensors.values()}
+    recipes = referenced(opened, {n: s for n, s in sources.items() if isinstance(s, WeightSource)}, files)
+    model = graph_with({name: source.shape for name, source in sources.items()}, recipes)
     readers = first_readers(model, list(model.graph.initializers.values()))
     for name, value in list(model.graph.initializers.items()):
         graft(model, value, held[name], readers[value])
@@ -192,15 +196,30 @@ def test_bytes_of_folding() -> None:
         nbytes = int(np.prod(shape)) // pieces * (4 if dtype == "F32" else 2)
         return Recipe("p", shape, tuple(StoredPiece("f", 0, nbytes, dtype) for _ in range(pieces)), pairs)
 
+    def sizes(recipe: Recipe) -> tuple[int, ...]:
+        return recipe.folded_bytes, recipe.folding_bytes, recipe.made_bytes, recipe.making_bytes
+
     plain = recipe((6, 4), 1, "F32")
-    assert (plain.is_plain, plain.folded_bytes, plain.folding_bytes) == (True, 0, 0)
-    cast = recipe((6, 4), 1, "BF16")
-    assert (cast.is_plain, cast.folded_bytes, cast.folding_bytes) == (False, 96, 96)
-    ordered = recipe((6, 4), 1, "BF16", pairs=2)
-    assert (ordered.folded_bytes, ordered.folding_bytes) == (96, 48 + 96)
-    experts = recipe((6, 4, 2), 6, "BF16")
-    assert (experts.folded_bytes, experts.folding_bytes) == (192, 96 + 192 + 192)
-    assert recipe((6, 4, 2), 1, "F32").folding_bytes == 192, "they are multiplied with turned around"
+    assert (plain.is_plain, *sizes(plain)) == (True, 0, 0, 0, 0)
+    stored = recipe((6, 4), 1, "BF16")  # only function bodies widen it
+    assert (stored.is_plain, *sizes(stored)) == (True, 96, 96, 0, 0)
+    norm = recipe((24,), 1, "BF16")
+    assert (norm.is_plain, *sizes(norm)) == (False, 96, 96, 96, 96)
+    assert sizes(recipe((6, 4), 1, "BF16", pairs=2)) == (96, 48 + 96, 48, 48)
+    assert sizes(recipe((6, 4), 2, "BF16", pairs=2)) == (96, 48 + 48 + 96, 48, 48 + 48)
+    assert sizes(recipe((6, 4, 2), 6, "BF16")) == (192, 96 + 192 + 192, 96, 96)
+    turned = "they are multiplied with turned around"
+    assert sizes(recipe((6, 4, 2), 1, "F32")) == (0, 192, 0, 0), turned
+
+
+def test_experts_of_several_types_are_widened_together() -> None:
+    def recipe(name: str, dtype: str, *shape: int) -> Recipe:
+        return Recipe(name, shape, (StoredPiece("f", 0, 1, dtype),))
+
+    router, gate = recipe("layers.0.moe.router.weight", "BF16", 4, 2), recipe("layers.0.moe.gate_proj", "BF16", 4, 3, 2)
+    down, other = recipe("layers.0.moe.down_proj", "F32", 4, 2, 3), recipe("layers.1.moe.gate_proj", "F16", 4, 3, 2)
+    equal = with_equal_experts([router, gate, down, other])
+    assert [(r.dtype, r.is_plain) for r in equal] == [("BF16", True), ("F32", False), ("F32", True), ("F16", True)]
 
 
 def test_graph_and_files_must_name_the_same_parameters(tmp_path: Path) -> None:
@@ -211,12 +230,14 @@ def test_graph_and_files_must_name_the_same_parameters(tmp_path: Path) -> None:
     short = dict(shapes)
     del short["norm.weight"]
     with pytest.raises(TraceError, match=r"1 differ: \['norm\.weight'\]"):
-        bind_weights(graph_with(short), recipes)
+        bind_weights(graph_with(short, recipes), recipes)
     with pytest.raises(TraceError, match=r"1 differ: \['odd'\]"):
-        bind_weights(graph_with(shapes | {"odd": (3,)}), recipes)
+        bind_weights(graph_with(shapes | {"odd": (3,)}, recipes), recipes)
     with pytest.raises(TraceError, match=r"norm\.weight is \[31\] in the graph and \[32\] in the files"):
-        bind_weights(graph_with(shapes | {"norm.weight": (31,)}), recipes)
-    unread = graph_with(shapes)
+        bind_weights(graph_with(shapes | {"norm.weight": (31,)}, recipes), recipes)
+    with pytest.raises(TraceError, match=r"embed_tokens\.weight is FLOAT in the graph and BF16 in the files"):
+        bind_weights(graph_with(shapes, ()), recipes)
+    unread = graph_with(shapes, recipes)
     node = next(node for node in unread.graph if node.name == "read norm.weight")
     unread.graph.outputs.remove(node.outputs[0])
     unread.graph.remove(node, safe=True)
@@ -224,4 +245,4 @@ def test_graph_and_files_must_name_the_same_parameters(tmp_path: Path) -> None:
         bind_weights(unread, recipes)
     cut = [Recipe(r.parameter, r.shape, (StoredPiece("f", 0, r.pieces[0].nbytes - 2, "BF16"),)) for r in recipes]
     with pytest.raises(TraceError, match=r"elements and has [\d,]+ bytes of BF16"):
-        bind_weights(graph_with(shapes), cut)
+        bind_weights(graph_with(shapes, cut), cut)

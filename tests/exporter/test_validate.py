@@ -17,7 +17,8 @@ from exporter import export
 from exporter.cli import cli
 from exporter.validate import render, validate
 from exporter.validation_report import Check, ValidationReport
-from runtime.errors import CheckpointError
+from runtime.errors import BackendError, CheckpointError
+from runtime.kernels import kernels
 from tests.support.checkpoints import make_checkpoint
 from tests.support.planted import attribute, planted
 
@@ -39,26 +40,26 @@ def report(bundle: Path) -> ValidationReport:
 
 def change_window(by: int) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
-        attribute(model, "SlidingWindowAttention", "window", 1).i += by
+        attribute(model, "RollingAttention", "window", 1).i += by
 
     return change
 
 
 def no_window(model: onnx.ModelProto) -> None:
-    attribute(model, "SlidingWindowAttention", "window").i = 0
+    attribute(model, "RollingAttention", "window").i = 0
 
 
 def change_scale(model: onnx.ModelProto) -> None:
-    attribute(model, "SlidingWindowAttention", "scale").f *= 1.001
+    attribute(model, "RollingAttention", "scale").f *= 1.001
 
 
 def interleave(model: onnx.ModelProto) -> None:
-    attribute(model, "RotaryEmbedding", "interleaved").i = 1
+    attribute(model, "RollingAttention", "interleaved").i = 1
 
 
 def swap_start_and_count(model: onnx.ModelProto) -> None:
-    node = [node for node in model.graph.node if node.op_type == "RollingKVWrite"][2]
-    node.input[2], node.input[3] = node.input[3], node.input[2]
+    node = [node for node in model.graph.node if node.op_type == "RollingAttention"][1]
+    node.input[7], node.input[8] = node.input[8], node.input[7]
 
 
 FAULTS = {
@@ -78,13 +79,34 @@ def test_the_right_bundle_passes(report: ValidationReport) -> None:
     names = [check.name for check in report.checks]
     # W = 5, C = 4: W − 1, W, W + 1, 2W + 1, 3W + C
     assert {f"prompt of {n}" for n in (4, 5, 6, 11, 19)} <= set(names)
-    assert {"uneven pieces", "last tokens", "one at a time", "ragged batch, row 2", "receptive field", "KV memory"} <= set(names)
+    assert {
+        "uneven pieces",
+        "last tokens",
+        "one at a time",
+        "ragged batch, row 2",
+        "receptive field",
+        "KV memory",
+    } <= set(names)
     assert len(report.position_errors) == 19
 
 
+REFUSED = {"window + 1", "no window", "slot of the wrong position"}
+"""Faults that native kernels refuse to run: the ring does not hold such a window, or there are no such positions."""
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_fails(bundle: Path, checkpoint: Path, tmp_path: Path, fault: str) -> None:
-    report = validate(planted(bundle, tmp_path / "wrong", FAULTS[fault]), checkpoint)
+def test_a_planted_fault_fails(
+    bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    wrong = planted(bundle, tmp_path / "wrong", FAULTS[fault])
+    if kernels() is not None:
+        if fault in REFUSED:
+            with pytest.raises(BackendError, match="RollingAttention"):
+                validate(wrong, checkpoint)
+        else:
+            assert not validate(wrong, checkpoint).passed
+    monkeypatch.setenv("CIERZO_KERNELS", "off")
+    report = validate(wrong, checkpoint)
     assert not report.passed
     failed = [check.name for check in report.checks if check.passed is False]
     assert any(name.startswith(("prompt of", "one at a time", "ragged", "uneven")) for name in failed), failed
@@ -186,7 +208,7 @@ def test_the_command_exits_with_the_verdict(runner: CliRunner, bundle: Path, che
     right = runner.invoke(cli, ["validate", str(bundle), "--json"])
     assert right.exit_code == 0, right.output
     assert json.loads(right.stdout)["passed"] is True
-    wrong = planted(bundle, tmp_path / "wrong", no_window)
+    wrong = planted(bundle, tmp_path / "wrong", change_window(-1))
     failed = runner.invoke(cli, ["validate", str(wrong), str(checkpoint)])
     assert failed.exit_code == 1
     assert "Parity fails" in failed.stdout

@@ -19,10 +19,11 @@ Change = Callable[[Match], Match]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A graph in which the last of the rules fires, the others before it."""
+    """A graph in which the last of the rules fires, the others before it. weights: see `unbind`."""
 
     text: str
     rules: tuple[Rule, ...]
+    weights: tuple[str, ...] = ()
 
 
 PLACES = {

@@ -7,7 +7,7 @@ C hidden size, I intermediate size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,97 @@ def experts(x: Array, weight: Array, expert: Array, gate: Array, up: Array, down
     return out
 
 
+def gated_rounding(
+    x: Array, weight: Array, expert: Array, gate: Array, up: Array, down: Array, *, activation: str, block: int
+) -> Array:
+    """How far `experts` moves at most when the gated numbers of a block are whole multiples of their largest / 127."""
+    room = np.zeros(x.shape)
+    for n, k in np.ndindex(*expert.shape):
+        e = int(expert[n, k])
+        token = x[n].astype(np.float64)
+        active = ACTIVATIONS[activation](torch.from_numpy(gate[e] @ token)).numpy() * (up[e] @ token)
+        for first in range(0, len(active), block):
+            step = np.abs(active[first : first + block]).max() / 127
+            room[n] += np.abs(weight[n, k]) * np.abs(down[e][:, first : first + block]).sum(-1) * step / 2
+    return room
+
+
 def gated(gate: Array, up: Array, *, activation: str) -> Array:
     """act(gate) · up in float64."""
     active = ACTIVATIONS[activation](torch.from_numpy(gate.astype(np.float64))).numpy()
     return np.asarray(active * up.astype(np.float64))
+
+
+def rms_norm(x: Array, weight: Array, *, epsilon: float) -> Array:
+    """Row by row."""
+    out = np.zeros(x.shape)
+    for place in np.ndindex(*x.shape[:-1]):
+        row = x[place].astype(np.float64)
+        out[place] = row / math.sqrt(sum(row * row) / len(row) + epsilon) * weight
+    return out
+
+
+def product(x: Array, weight: Array) -> Array:
+    """Each row against each row of the weight."""
+    out = np.zeros((*x.shape[:-1], len(weight)))
+    for place in np.ndindex(*out.shape):
+        out[place] = x[place[:-1]].astype(np.float64) @ weight[place[-1]].astype(np.float64)
+    return out
+
+
+def dequantized(packed: Array, scale: Array, zero: Array | None, *, K: int, bits: int) -> Array:
+    """scale · (q − zero) of packed numbers [..., N, blocks, bytes], one after the other, as float64 [..., N, K]."""
+    per_byte = 8 // bits
+    size = packed.shape[-1] * per_byte
+    out = np.zeros((*packed.shape[:-2], K))
+    for place in np.ndindex(*out.shape):
+        *row, k = place
+        block, at = divmod(k, size)
+
+        def number(numbers: Array, index: int) -> int:
+            return int(numbers[index // per_byte]) >> (index % per_byte * bits) & ((1 << bits) - 1)
+
+        middle = 1 << (bits - 1) if zero is None else number(zero[tuple(row)], block)
+        out[place] = float(scale[(*row, block)]) * (number(packed[(*row, block)], at) - middle)
+    return out
+
+
+def stored_int8(vector: Array) -> tuple[Array, np.float32]:
+    """Numbers and scale of one head's vector: float32 arithmetic, ties to even; zeros have a scale of zero."""
+    narrow = vector.astype(np.float32)
+    scale = np.abs(narrow).max() / np.float32(127)
+    return (np.rint(narrow / scale) if scale > 0 else np.zeros_like(narrow)).astype(np.int8), scale
+
+
+def rolling_attention(
+    new: Sequence[Array],
+    rings: Sequence[Array],
+    start: Array,
+    count: Array,
+    *,
+    scale: float,
+    window: int,
+    interleaved: int,
+) -> list[Array]:
+    """Turned, written and attended to, token by token; attended [B, T, H, D] and the rings.
+
+    new: query, key, value, cosine, sine. rings: keys and values, then, of int8, the scales of both.
+    """
+    query, key, value, cos, sin = new
+    presents = [ring.copy() for ring in rings]
+    heads_first = [part.transpose(0, 2, 1, 3) for part in (query, key, value)]
+    turned_query, turned_key = (rotary(part, cos, sin, interleaved=interleaved) for part in heads_first[:2])
+    for which, written in enumerate((turned_key, heads_first[2])):
+        for b, g, t in np.ndindex(*written.shape[:3]):
+            slot = (int(start[b]) + t) % rings[which].shape[2]
+            if t >= count[b]:
+                continue
+            if len(rings) > 2:
+                presents[which][b, g, slot], presents[which + 2][b, g, slot] = stored_int8(written[b, g, t])
+            else:
+                presents[which][b, g, slot] = written[b, g, t]
+    wide = [ring.astype(np.float64) for ring in presents]
+    held = [wide[0] * wide[2][..., None], wide[1] * wide[3][..., None]] if len(rings) > 2 else wide
+    visible = ring_mask(start, count, query.shape[1], rings[0].shape[2], window)
+    attended = attention(turned_query, held[0], held[1], visible, scale=scale)
+    return [attended.transpose(0, 2, 1, 3), *presents]

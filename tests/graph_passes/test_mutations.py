@@ -17,18 +17,30 @@ from graph_passes.driver_types import Match
 from graph_passes.graph import Refusal
 from graph_passes.prove import TOLERANCES, measure
 from runtime.errors import ProofError
-from tests.graph_passes.faults import BLIND, FAULTS, PLACES
+from tests.graph_passes import faults
+from tests.graph_passes.faults import Place
+from tests.graph_passes.layer_faults import LAYER_BLIND, LAYER_FAULTS, LAYER_PLACES
 from tests.graph_passes.texts import fuse
 from tests.support.graphs import canonical, serialised
+
+PLACES = faults.PLACES | LAYER_PLACES
+FAULTS = faults.FAULTS | LAYER_FAULTS
+BLIND = faults.BLIND | LAYER_BLIND
 
 SEEDS = range(5)
 BY_FAR = 10.0
 
 
+def before_last(place: Place) -> ir.Model:
+    """The graph of a place before its last rule."""
+    earlier = place.rules[:-1]
+    return fuse(place.text, *earlier, weights=place.weights)[0] if earlier else canonical(place.text, *place.weights)
+
+
 def matched(name: str) -> tuple[ir.Model, Match]:
     """The graph of a place before its last rule, and the one match that the rule finds there."""
     place = PLACES[name]
-    model = fuse(place.text, *place.rules[:-1])[0] if place.rules[:-1] else canonical(place.text)
+    model = before_last(place)
     rule, found = place.rules[-1], []
     for anchor in model.graph:
         if (anchor.domain, anchor.op_type) in rule.anchors:
@@ -72,7 +84,7 @@ def test_a_fault_that_overlooks_a_value_has_no_proof(
 def test_the_driver_leaves_the_graph_alone(fault: str) -> None:
     name, change = (FAULTS | BLIND)[fault]
     place = PLACES[name]
-    model = fuse(place.text, *place.rules[:-1])[0] if place.rules[:-1] else canonical(place.text)
+    model = before_last(place)
     untouched, rule = serialised(model), place.rules[-1]
     faulty = replace(rule, match=lambda model, anchor: change(rule.match(model, anchor)))
     with pytest.raises(ProofError, match=f"{rule.name} in the model"):

@@ -160,9 +160,29 @@ SWIGLU = """g (float[N,12] x, float[12,10] gate_weight, float[12,10] up_weight) 
 }"""
 
 
-def fuse(text: str, *rules: Rule, proving: bool = True) -> tuple[ir.Model, list[FusionRecord]]:
-    """The canonical graph after the rules, and what they did; each must have fired."""
-    model, done = canonical(text), []
+NORM = """g (float[B,T,12] x, float[12] weight) => (float[B,T,12] y) {
+    two = Constant <value_float = 2.0> ()
+    epsilon = Constant <value_float = 1.0e-5> ()
+    axis = Constant <value_ints = [-1]> ()
+    square = Pow (x, two)
+    mean = ReduceMean <keepdims = 1> (square, axis)
+    shifted = Add (mean, epsilon)
+    root = Sqrt (shifted)
+    inverse = Reciprocal (root)
+    normed = Mul (x, inverse)
+    y = Mul (weight, normed)
+}"""
+
+LINEAR = """g (float[N,12] x, float[10,12] weight) => (float[N,10] y) {
+    y = Gemm <transB = 1> (x, weight)
+}"""
+
+
+def fuse(
+    text: str, *rules: Rule, proving: bool = True, weights: tuple[str, ...] = ()
+) -> tuple[ir.Model, list[FusionRecord]]:
+    """The canonical graph after the rules, and what they did; each must have fired. weights: see `unbind`."""
+    model, done = canonical(text, *weights), []
     for rule in rules:
         fused, refused = apply(model, rule, proving=proving)
         assert fused, f"{rule.name}: {[r.reason for r in refused]}"
@@ -170,9 +190,9 @@ def fuse(text: str, *rules: Rule, proving: bool = True) -> tuple[ir.Model, list[
     return model, done
 
 
-def refusal(text: str, rule: Rule, *before: Rule) -> str:
+def refusal(text: str, rule: Rule, *before: Rule, weights: tuple[str, ...] = ()) -> str:
     """Why `rule` refuses every one of its anchors in the graph; the graph must stay as it was."""
-    model = canonical(text)
+    model = canonical(text, *weights)
     for earlier in before:
         assert apply(model, earlier)[0]
     untouched = serialised(model)

@@ -6,7 +6,7 @@ x * (127 / largest) in float32 to the nearest whole number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -52,7 +52,9 @@ def _packed(numbers: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     return np.asarray(numbers[..., ::2] | numbers[..., 1::2] << 4, np.uint8)
 
 
-def quantised(E: int, rows: int, columns: int, form: Format, chosen: list[int], rng: np.random.Generator) -> Matrices:
+def quantised(
+    E: int, rows: int, columns: int, form: Format, chosen: Iterable[int], rng: np.random.Generator
+) -> Matrices:
     """A stack of random numbers; experts that are not `chosen` have scales that are no numbers."""
     B = ceil(columns / form.block)
     numbers = rng.integers(0, 1 << form.bits, (E, rows, B, form.block), dtype=np.uint8)
@@ -125,6 +127,21 @@ def check_quantised(case: Case, form: Format) -> None:
     assert over.max(initial=0.0) <= 0, f"by {over.max()} too far off"
 
 
+def check_an_expert_asked_twice() -> None:
+    """One token that names an expert twice, after another expert, gets both shares of it."""
+    rng, form = np.random.default_rng(9), Format(4, 32)
+    for C in (64, 300):
+        for experts in ([1, 3, 3], [3, 3], [3, 1, 3], [0, 2, 1]):
+            routing = route(Case(4, len(experts), 1, C, 100), rng)
+            routing.expert_NK[:] = experts
+            gate, up = (quantised(4, 100, C, form, range(4), rng) for _ in range(2))
+            down = quantised(4, C, 100, form, range(4), rng)
+            attributes: dict[str, int | float | str] = {"activation": "silu", "bits": 4, "block_size": 32}
+            found = run(OP, routing, matrices_of(gate, up, down), attributes)
+            truth, room = quantised_mixture(routing, gate, up, down, "silu", 32)
+            assert (np.abs(found - truth) <= room).all()
+
+
 def check_refusals() -> None:
     """Matrices, scales and zero points that do not fit together are refused."""
     rng = np.random.default_rng(4)
@@ -146,7 +163,7 @@ def check_refusals() -> None:
 
 def cases() -> dict[str, Callable[[], None]]:
     """Name to case, over the formats."""
-    every: dict[str, Callable[[], None]] = {"refusals": check_refusals}
+    every: dict[str, Callable[[], None]] = {"refusals": check_refusals, "twice": check_an_expert_asked_twice}
     formats = [Format(bits, block) for bits in (4, 8) for block in (16, 32, 128, 256)]
     for scale in (np.float32, np.float16):
         formats += [Format(bits, block, True, scale) for bits in (4, 8) for block in (32, 128)]

@@ -2,6 +2,7 @@
 
 Truth is numpy in float64 over the positions that a token sees, each key and value looked up either among the step's own
 tokens or in the ring as it was before the step. What the ring holds after it is compared bit by bit.
+Where the node allows rounding, what differs from the node that does not is within the bound for that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reference.parity import budget, position_errors
+from tests.kernels import rolling_attention_rounding as rounding
 from tests.support.kernels import Array, Node, main
 
 Floats = npt.NDArray[np.float32]
@@ -40,10 +42,12 @@ class Case:
     in_place: bool = True
     threads: int = 1
     magnitude: float = 1.0
+    rounds: int | None = None
 
     @property
     def attributes(self) -> dict[str, int | float]:
-        return {"scale": self.head_dim**-0.5, "window": self.window, "interleaved": self.interleaved}
+        rounds = {} if self.rounds is None else {"rounds": self.rounds}
+        return {"scale": self.head_dim**-0.5, "window": self.window, "interleaved": self.interleaved, **rounds}
 
 
 def inputs_of(case: Case, kind: str, rng: np.random.Generator) -> dict[str, Array | None]:
@@ -103,14 +107,19 @@ def written(case: Case, past: Array, new_BTG: Array, start: Array, count: Array)
     return ring
 
 
+def seen(case: Case, position: int) -> Array:
+    """The slots of the positions that the token at this one sees."""
+    first = 0 if case.window == 0 else max(0, position - case.window + 1)
+    return np.arange(first, position + 1) % case.slots
+
+
 def attended(case: Case, query: Array, key: Array, value: Array, start: Array, count: Array, dtype: str) -> list[Array]:
     """[H, D] of every token that counts, from rings after the step, in this precision."""
     results = []
     for b in range(len(start)):
         for t in range(int(count[b])):
             position = int(start[b]) + t
-            first = 0 if case.window == 0 else max(0, position - case.window + 1)
-            slots = np.arange(first, position + 1) % case.slots
+            slots = seen(case, position)
             group = case.heads // case.kv_heads
             k = np.repeat(key[b][:, slots].astype(dtype), group, 0)
             v = np.repeat(value[b][:, slots].astype(dtype), group, 0)
@@ -132,7 +141,12 @@ def check(case: Case, kind: str) -> None:
         inputs["count"] = np.array(counts, np.int64)
         aliases = RINGS | (SCALES if kind == INT8 else {})
         outputs = node.run(inputs, in_place=aliases if case.in_place else None)
-        _check_step(case, kind, turned, inputs, outputs)
+        if case.rounds:
+            plain = node_of(replace(case, rounds=0), kind, inputs).run(inputs)
+            _check_step(case, kind, turned, inputs, plain)
+            _check_rounded(case, kind, inputs, outputs, plain)
+        else:
+            _check_step(case, kind, turned, inputs, outputs)
         inputs |= {past: outputs[present] for present, past in aliases.items()}
         start, count = inputs["start"], inputs["count"]
         assert start is not None
@@ -157,10 +171,7 @@ def _check_step(
             ring = written(case, present[f"past_{name}_scale"], scale, start, count)
             np.testing.assert_array_equal(outputs[f"present_{name}_scale"], ring, f"scales of {name}s")
 
-    held = [outputs[f"present_{name}"] for name in ("key", "value")]
-    wide = [ring.astype(np.float64) for ring in held]
-    if kind == INT8:
-        wide = [x * outputs[f"present_{n}_scale"][..., None] for x, n in zip(wide, ("key", "value"), strict=True)]
+    wide = _held(kind, outputs, np.float64)
     # Slots that the step overwrote are not among those that its tokens see, as the ring is large enough.
     query, query32 = (
         rotated(case, present["query"], present["cos"], present["sin"], dtype) for dtype in ("float64", "float32")
@@ -169,16 +180,59 @@ def _check_step(
     for b in range(len(start)):
         assert not result[b, int(count[b]) :].any(), "padding is attended with zeros"
     truth = attended(case, query, wide[0], wide[1], start, count, "float64")
-    # Float32 sums depend on their order: the yardstick is the worst of three.
+    tokens = [result[b, t] for b in range(len(start)) for t in range(int(count[b]))]
+    if tokens:
+        allowed = _allowed_for_sums(case, truth, query32, wide, start, count)
+        error = max(float(position_errors(a, b).max()) for a, b in zip(truth, tokens, strict=True))
+        assert error <= allowed, f"attended is off by {error:.2e}, allowed are {allowed:.2e}"
+
+
+def _held(kind: str, outputs: dict[str, Array], dtype: npt.DTypeLike) -> list[Array]:
+    """The numbers that the rings of keys and values hold."""
+    wide = [outputs[f"present_{name}"].astype(dtype) for name in ("key", "value")]
+    if kind != INT8:
+        return wide
+    scales = [outputs[f"present_{name}_scale"].astype(dtype)[..., None] for name in ("key", "value")]
+    return [x * scale for x, scale in zip(wide, scales, strict=True)]
+
+
+def _allowed_for_sums(
+    case: Case, truth: list[Array], query32: Array, wide: list[Array], start: Array, count: Array
+) -> float:
+    """Float32 sums depend on their order: the yardstick is the worst of three."""
     plain: list[Array] = []
     for shift in range(3):
         order = np.random.default_rng(shift).permutation(case.head_dim)
         plain += attended(case, query32[..., order], wide[0][..., order], wide[1], start, count, "float32")
-    tokens = [result[b, t] for b in range(len(start)) for t in range(int(count[b]))]
-    if tokens:
-        allowed = budget(truth * 3, plain, "float32").allowed
-        error = max(float(position_errors(a, b).max()) for a, b in zip(truth, tokens, strict=True))
-        assert error <= allowed, f"attended is off by {error:.2e}, allowed are {allowed:.2e}"
+    return budget(truth * 3, plain, "float32").allowed
+
+
+def _check_rounded(
+    case: Case, kind: str, inputs: dict[str, Array | None], outputs: dict[str, Array], plain: dict[str, Array]
+) -> None:
+    """A head of a token is what it is without rounding, bit by bit, or within the bound of the rounded numbers."""
+    for name in plain.keys() - {"attended"}:
+        np.testing.assert_array_equal(outputs[name], plain[name], f"{name}: what is stored is not rounded")
+    present = {name: array for name, array in inputs.items() if array is not None}
+    start, count, cos, sin = (present[name] for name in ("start", "count", "cos", "sin"))
+    factor = float(np.float32(case.head_dim**-0.5)) * rounding.TO_BASE_2
+    size, one = np.abs(present["query"]), np.ones_like(cos)
+    largest = np.maximum(*(rotated(case, size, one, sign * one) for sign in (1, -1)))
+    query, doubt = rounding.rounded_query(rotated(case, present["query"], cos, sin) * factor, largest * factor)
+    key, value = (rounding.to_bfloat16(x) for x in _held(kind, outputs, np.float32))
+    natural = query * (np.log(2) * case.head_dim**0.5)
+    truth = attended(case, natural, key, value, start, count, "float64")
+    at = [(b, t) for b in range(len(start)) for t in range(int(count[b]))]
+    sums = _allowed_for_sums(case, truth, natural, [key, value], start, count) if at else 0.0
+    for (b, t), due in zip(at, truth, strict=True):
+        slots = seen(case, int(start[b]) + t)
+        k, v = (np.repeat(x[b][:, slots], case.heads // case.kv_heads, 0) for x in (key, value))
+        allowed = sums + rounding.allowed_for_weights(query[b, t], doubt[b, t], k, v)
+        same = (outputs["attended"][b, t] == plain["attended"][b, t]).all(-1)
+        within = (np.abs(outputs["attended"][b, t] - due) <= allowed).all(-1)
+        assert (same if count[b] < rounding.TOKENS else same | within).all(), (
+            f"token {t} of row {b} is rounded too much"
+        )
 
 
 def _turned_by_kernel(turned: Case, present: dict[str, Array]) -> Floats:
@@ -237,11 +291,25 @@ def _others() -> Iterator[Case]:
     yield Case(40, (60, 5), ((9, 8), (1, 1)), 48, 9, head_dim=16, magnitude=12.0)
 
 
+def _rounded() -> Iterator[Case]:
+    """Chunks, next to rows that are none. Blocks are of 96 keys and 64 queries, of which more than half are there."""
+    for window, chunk, total in ((1, 64, 70), (2, 40, 80), (33, 33, 130), (97, 64, 300), (0, 96, 97), (0, 50, 200)):
+        yield one_row(window, chunk, total)
+    for head_dim in (2, 6, 34, 80, 128, 1024):
+        yield Case(30, (11, 60), ((17, 16), (15, 1)), 47, 17, head_dim=head_dim)
+    for group in (1, 3, 8, 71):
+        yield Case(29, (100, 3), ((33, 31), (16, 0)), 61, 33, heads=2 * group)
+    yield Case(150, (0, 400), ((40, 70), (70, 1), (1, 69)), 230, 70, threads=2, head_dim=16)
+    yield Case(97, (2**33,), ((50,), (47,)), 146, 50, heads=3, kv_heads=1, head_dim=20, in_place=False, interleaved=1)
+    yield Case(40, (60, 5), ((39, 38),), 80, 39, head_dim=16, magnitude=12.0)
+
+
 def cases() -> dict[str, Callable[[], None]]:
     """Name to case, for each kind of ring."""
     every = {f"boundary-{i}": case for i, case in enumerate(_boundaries())}
     every |= {f"size-{i}": case for i, case in enumerate(_sizes())}
     every |= {f"other-{i}": case for i, case in enumerate(_others())}
+    every |= {f"rounded-{i}": replace(case, rounds=1) for i, case in enumerate(_rounded())}
     return {f"{name}-{kind}": partial(check, case, kind) for name, case in every.items() for kind in KINDS}
 
 

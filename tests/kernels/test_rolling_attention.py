@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,23 @@ def test_threads_give_what_one_gives() -> None:
     np.testing.assert_array_equal(one["attended"], two["attended"])
 
 
+def _multiplies_bfloat16() -> bool:
+    """Whether this process's level has products of bfloat16; only Linux machines with a file of flags do."""
+    flags = Path("/proc/cpuinfo")
+    return levels()[-1] == "avx512" and flags.is_file() and "avx512_bf16" in flags.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("tokens", "rounded"), [(1, False), (15, False), (40, True)])
+def test_only_chunks_are_rounded_and_only_where_allowed(kind: str, tokens: int, rounded: bool) -> None:
+    case = Case(30, (60,), (), 80, tokens)
+    inputs = inputs_of(case, kind, np.random.default_rng(6))
+    inputs["count"] = np.array([tokens])
+    absent, zero, one = (node_of(replace(case, rounds=r), kind, inputs).run(inputs)["attended"] for r in (None, 0, 1))
+    np.testing.assert_array_equal(absent, zero)
+    assert bool((one != zero).any()) == (rounded and _multiplies_bfloat16())
+
+
 def test_no_tokens_and_no_rows() -> None:
     for starts, tokens in (((9, 2), 0), ((), 3)):
         case = replace(STEP, starts=starts, tokens=tokens)
@@ -78,6 +96,7 @@ def test_no_tokens_and_no_rows() -> None:
         ("even number of elements", {"head_dim": 1026}, {}),
         ("multiple of the KV heads", {"heads": 3}, {}),
         ("at least 1", {"window": -1}, {}),
+        ("rounds of 0 or 1", {"rounds": 2}, {}),
         ("start positions", {}, {"start": np.array([-1, 0])}),
         ("counts", {}, {"count": np.array([4, 0])}),
         ("counts", {}, {"count": np.array([-1, 0])}),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runtime import BackendError, BundleError, load
 from runtime.backends import BACKENDS
+from runtime.backends import onnxruntime as backend
 from runtime.backends.cores import physical_cores
 from tests.support.toy_bundle import ToyModel, toy_manifest, write_manifest, write_toy_bundle
 
@@ -48,6 +50,15 @@ def test_a_backend_whose_library_is_missing_says_so(folder: Path, monkeypatch: p
 def test_a_graph_that_cannot_be_loaded_is_refused(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"not a graph")
     write_manifest(folder, toy_manifest(folder, ToyModel(), []))
+    with pytest.raises(BundleError, match=r"model\.onnx is not a readable ONNX graph"):
+        load(folder)
+
+
+def test_a_graph_that_onnx_runtime_refuses_is_refused(folder: Path) -> None:
+    graph = (folder / "model.onnx").read_bytes()
+    assert b"MatMul" in graph
+    (folder / "model.onnx").write_bytes(graph.replace(b"MatMul", b"MatMal"))
+    write_manifest(folder, toy_manifest(folder, ToyModel(), []))
     with pytest.raises(BackendError, match=r"cannot load .*model\.onnx"):
         load(folder)
 
@@ -68,11 +79,17 @@ def test_a_graph_of_other_sizes_is_refused(folder: Path) -> None:
         load(folder)
 
 
-def test_a_dtype_that_the_backend_was_not_proved_with_is_refused(folder: Path) -> None:
+def test_a_graph_of_other_types_is_refused(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["kv"]["dtype"] = "float16"
     write_manifest(folder, manifest)
-    with pytest.raises(BackendError, match=r"has float16 KV buffers, but the backend onnxruntime runs only float32"):
+    with pytest.raises(BundleError, match=r"input past\.0\.key of model\.onnx is tensor\(float\).*tensor\(float16\)"):
+        load(folder)
+
+
+def test_a_dtype_that_the_backend_was_not_proved_with_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "CAPABILITIES", replace(backend.CAPABILITIES, kv_dtypes=("float16", "int8")))
+    with pytest.raises(BackendError, match=r"float32 KV buffers, but the backend onnxruntime runs only float16, in"):
         load(folder)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,13 @@ def exported(
     max_batch: int = 4,
     frontend: str = "reference",
     attention: str | None = None,
+    options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Exported:
-    """The bundle of `checkpoint(**settings)` with these options, once; every fusion in it was proved."""
+    """The bundle of `checkpoint(**settings)` with these options, once; every fusion in it was proved.
+
+    options: further ones of `exporter.export`, for example of quantised weights.
+    """
     source = checkpoint(**settings)
 
     def make(folder: Path) -> None:
@@ -81,9 +85,11 @@ def exported(
                 max_batch=max_batch,
                 frontend=frontend,
                 attention=attention,
+                **(options or {}),
             )
 
-    key = f"bundle {source.name} {chunk} {context} {max_batch} {frontend} {attention}"
+    more = sorted((options or {}).items())
+    key = f"bundle {source.name} {chunk} {context} {max_batch} {frontend} {attention} {more}"
     return Exported(source, _once(key, make))
 
 

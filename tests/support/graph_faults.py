@@ -9,14 +9,14 @@ from tests.support.planted import attribute, body_node, node
 
 
 def scale_of_layer_2(model: onnx.ModelProto) -> None:
-    attribute(model, "SlidingWindowAttention", "scale", 2).f *= 1.001
+    attribute(model, "RollingAttention", "scale", 2).f *= 1.001
 
 
 def keys_from_the_ring_of_values(model: onnx.ModelProto) -> None:
     """Both rings are empty in the first step, so that it comes out right."""
-    write = node(model, "RollingKVWrite", 2)
-    assert write.input[0] == "past.1.key"
-    write.input[0] = "past.1.value"
+    attention = node(model, "RollingAttention", 1)
+    assert attention.input[5] == "past.1.key"
+    attention.input[5] = "past.1.value"
 
 
 def slots_that_do_not_wrap(model: onnx.ModelProto) -> None:
@@ -41,10 +41,8 @@ def smallest_frequency(model: onnx.ModelProto) -> None:
 
 
 def epsilon(model: onnx.ModelProto) -> None:
-    """That of every RMSNorm, 1 % larger."""
-    added = {name for one in model.graph.node if one.op_type == "Add" for name in one.input}
-    (name,) = {c.name for c in model.graph.initializer if not c.dims} & added
-    _scale(model, name, slice(None))
+    """That of one RMSNorm, 1 % larger."""
+    attribute(model, "RMSNorm", "epsilon", 2).f *= 1.01
 
 
 def _scale(model: onnx.ModelProto, name: str, which: slice) -> None:
@@ -64,7 +62,7 @@ def one_node_more(model: onnx.ModelProto) -> None:
 
 def renamed_with_a_narrower_window(model: onnx.ModelProto) -> None:
     """As if another version had named every inner value; golden then knows only the rings and the modules."""
-    attribute(model, "SlidingWindowAttention", "window", 2).i -= 1
+    attribute(model, "RollingAttention", "window", 2).i -= 1
     fixed = {value.name for value in (*model.graph.input, *model.graph.output, *model.graph.initializer)}
     for one in model.graph.node:
         for names in (one.input, one.output):

@@ -24,9 +24,19 @@ def parse(text: str) -> ir.Model:
     return ir.from_onnx_text(_HEADER + text)
 
 
-def canonical(text: str) -> ir.Model:
-    """The graph as the matchers see it."""
-    model = parse(text)
+def unbind(model: ir.Model, *weights: str) -> ir.Model:
+    """Make the graph inputs of these names weights without data, in place, as a tracer leaves its parameters."""
+    for value in [value for value in model.graph.inputs if value.name in weights]:
+        assert value.shape is not None
+        model.graph.inputs.remove(value)
+        value.const_value = UnboundWeight(str(value.name), ir.DataType.FLOAT, value.shape)
+        model.graph.register_initializer(value)
+    return model
+
+
+def canonical(text: str, *weights: str) -> ir.Model:
+    """The graph as the matchers see it. weights: inputs that are parameters, see `unbind`."""
+    model = unbind(parse(text), *weights)
     canonicalise(model)
     return model
 

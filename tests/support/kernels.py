@@ -6,6 +6,7 @@ module of tests/kernels with `if __name__ == "__main__": main("it", cases)`.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -19,12 +20,15 @@ import onnx
 import onnxruntime
 
 from runtime.kernels import kernels, library_path
+from tests.support.guarded import guarded
 
 Array = npt.NDArray[Any]
 Attributes = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ("portable", "avx2", "avx512")
 """The levels of x86-64, each with all that the ones before it have."""
+SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
+"""Whether AddressSanitizer watches the heap: then inputs lie there, else before a page that cannot be read."""
 
 
 def levels() -> tuple[str, ...]:
@@ -71,7 +75,10 @@ class Node:
     def run(self, inputs: Mapping[str, Array | None], *, in_place: Mapping[str, str] | None = None) -> dict[str, Array]:
         """The outputs. in_place: output to the input whose memory it shares; the caller's arrays stay as they are."""
         binding = self._session.io_binding()
-        bound = {name: _ort_value(np.array(array, order="C")) for name, array in inputs.items() if array is not None}
+        place = functools.partial(np.array, order="C") if SANITIZED else guarded
+        # An OrtValue is a view of its array, which has to live as long.
+        arrays = {name: place(array) for name, array in inputs.items() if array is not None}
+        bound = {name: _ort_value(array) for name, array in arrays.items()}
         for name, value in bound.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
@@ -96,7 +103,7 @@ def _value_info(name: str, dtype: np.dtype[np.generic], rank: int | None) -> onn
     return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(dtype), shape)
 
 
-def run_cases(module: str, level: str, **environment: str) -> str:
+def run_cases(module: str, level: str, *arguments: str, **environment: str) -> str:
     """What all cases of tests/kernels/<module>.py print, run in a process at this level. Fails with its output."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     variables.pop("CIERZO_KERNELS", None)
@@ -104,17 +111,21 @@ def run_cases(module: str, level: str, **environment: str) -> str:
         raise ValueError(f"this machine has no level {level!r}")
     if level != levels()[-1]:
         variables["CIERZO_KERNELS"] = level
-    command = [sys.executable, "-m", f"tests.kernels.{module}"]
+    command = [sys.executable, "-X", "faulthandler", "-m", f"tests.kernels.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{module} at {level}:\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
     return done.stdout
 
 
 def main(cases: Mapping[str, Callable[[], None]]) -> None:
-    """Runs every case and prints `<level> <library> <number of cases>`; a failing case ends the process by its name."""
+    """Runs every case and prints `<level> <library> <number of cases>`; a failing case ends the process by its name.
+
+    What ends the process at once (a signal, a sanitizer) does so after the name of its case.
+    """
     found = kernels()
     assert found is not None
     for name, case in cases.items():
+        print("case", name, file=sys.stderr, flush=True)
         try:
             case()
         except Exception as error:

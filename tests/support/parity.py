@@ -6,19 +6,21 @@ for all cases, `reference.parity.budget`, and no test loosens it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from exporter.quantized_reference import quantized_reference
 from reference.checkpoint import Checkpoint
-from reference.oracle import Oracle
+from reference.oracle import Load, Oracle
 from reference.parity import Budget, budget, position_errors
 from reference.weights import bind, load_parameter
 from runtime import Session
+from runtime.bundle import read_bundle
 from tests.support.bundles import Exported
 from tests.support.checkpoints import load_oracle, oracle_logits
 
@@ -71,20 +73,40 @@ def fill(module: Filled, checkpoint: Checkpoint, dtype: torch.dtype) -> Filled:
     return module.eval().requires_grad_(False)
 
 
+def with_weights(model: Any, weights: Mapping[str, Load]) -> Any:
+    """A model of transformers with other values for some of its parameters, which have Cierzo's names here."""
+    for name, load in weights.items():
+        tensor = load(torch.float32)
+        layer, _, matrix = name.removeprefix("layers.").partition(".moe.")
+        if name == "lm_head.weight":
+            model.lm_head.weight = nn.Parameter(tensor, requires_grad=False)  # perhaps tied until now
+        elif matrix:
+            experts = model.model.layers[int(layer)].mlp.experts
+            width = tensor.shape[1]
+            halves = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+            held = experts.gate_up_proj[:, halves[matrix]] if matrix in halves else experts.down_proj
+            held.copy_(tensor)
+        else:
+            model.get_parameter(f"model.{name}").copy_(tensor)
+    return model
+
+
 class Judge:
-    """Truth, reference and transformers for one checkpoint."""
+    """Truth, reference and transformers for one checkpoint, with the weights that a bundle has and what it rounds."""
 
     def __init__(self, case: Exported) -> None:
         checkpoint = case.opened()
         self.vocab_size = checkpoint.config.vocab_size
-        self._oracle = Oracle(checkpoint)
-        self._transformers = load_oracle(case.checkpoint)
+        held = quantized_reference(read_bundle(case.bundle))
+        self._oracle = Oracle(checkpoint, held.weights)
+        self._rounding = held.rounding
+        self._transformers = with_weights(load_oracle(case.checkpoint), held.weights)
 
     def truth_and_budget(self, rows: Rows) -> tuple[list[NDArray[np.float64]], Budget]:
-        """The reference's logits in float64, and what an engine in float32 may be away from them."""
+        """The reference's logits in float64, and what the engine may be away from them."""
         truth = [logits.numpy() for logits in self._oracle.logits(rows, torch.float64)]
-        reference = [logits.numpy() for logits in self._oracle.logits(rows, torch.float32)]
-        return truth, budget(truth, reference, "float32")
+        rounded = self._oracle.logits(rows, torch.float32, rounding=self._rounding)
+        return truth, budget(truth, [logits.numpy() for logits in rounded], self._rounding.kind)
 
     def transformers(self, rows: Rows) -> Logits:
         """Logits [T, V] of each row by transformers in float32, each row alone."""

@@ -141,7 +141,8 @@ def toy_manifest(folder: Path, model: ToyModel, tokenizer: list[str]) -> dict[st
         },
         "weights": {
             "kind": "fp32", "quantization": None, "arithmetic": "float32", "placement": "copied", "folder": None,
-            "types": {"F32": len(model.weights)}, "folded_bytes": 0, "folding_bytes": 0, "made_bytes": 0, "making_bytes": 0,
+            "types": {"F32": len(model.weights)},
+            "folded_bytes": 0, "folding_bytes": 0, "made_bytes": 0, "making_bytes": 0,
             "files": {"weights.bin": _entry(folder / "weights.bin")},
         },
         "tokenizer": tokenizer,

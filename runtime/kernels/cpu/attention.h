@@ -16,6 +16,8 @@ enum {
     FEW_ROWS = 4,         /* FewQueries comes in fours */
     LANES = 64,           /* queries of one ManyQueries */
     BLOCK = 48,           /* keys that ManyQueries takes at once: with their scores they fit in the first-level cache */
+    ROUNDED_BLOCK = 96,   /* keys taken at once where products are of bfloat16; even, as they lie in pairs */
+    ROUNDED_TOKENS = 16,  /* tokens from which on a row is a chunk, whose products may be of bfloat16 */
     WIDEST = 16           /* numbers in the widest vector of any instruction level */
 };
 
@@ -42,7 +44,7 @@ typedef struct ManyQueries {
     int64_t lanes, D;        /* lanes: used ones, rounded up to WIDEST */
     float *query;            /* [D, LANES], times the scale of the scores */
     float *attended;         /* [D, LANES], not yet divided by `total` */
-    float *score;            /* [BLOCK, LANES] */
+    float *score;            /* [BLOCK, LANES]; [ROUNDED_BLOCK, LANES] for RoundedLoops */
     float *greatest, *total; /* [LANES] */
 } ManyQueries;
 
@@ -63,9 +65,25 @@ typedef struct AttentionLoops {
 
 extern const AttentionLoops attention_loops_portable, attention_loops_avx2, attention_loops_avx512;
 
+/* The same for chunks, with products of bfloat16: queries, keys, weights and values are rounded to it, to nearest, and
+ * sums are float32. A pair is two bfloat16 in 32 bits, the first one lower. */
+typedef struct RoundedLoops {
+    /* The queries [D, LANES] become pairs [D/2, LANES] of two neighbouring numbers, in place. */
+    void (*round_queries)(float *query, int64_t D);
+    /* Keys [count, D] become pairs [count, D/2] of neighbouring numbers, values pairs [ceil(count/2), D] of two slots. */
+    void (*round_slots)(const Slots *, int64_t D, uint32_t *key, uint32_t *value);
+    /* attend_many of at most ROUNDED_BLOCK of them, for all LANES */
+    void (*attend_many)(const ManyQueries *q, const uint32_t *key, const uint32_t *value, int64_t count, const float *from,
+                        const float *to);
+} RoundedLoops;
+
+/* NULL where this machine has no such products, or its level of instructions was lowered. */
+const RoundedLoops *rounded_loops(void);
+
 /* One call of the operator, after its checks. Rings [B, G, S, D] already hold what they held before the call. */
 typedef struct Attention {
     const AttentionLoops *loops;
+    const RoundedLoops *rounded;     /* NULL: products are of float32 */
     int64_t B, T, H, G, D, S, group; /* group: H / G */
     int64_t window;                  /* 0: all */
     float scale;

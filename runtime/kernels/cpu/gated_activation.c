@@ -39,6 +39,8 @@ static const char *run(void *memory, OrtKernelContext *context) {
     if (gate.rank > MOST_RANK || gate.rank != up.rank || memcmp(gate.dims, up.dims, sizeof gate.dims) != 0)
         return "GatedActivation takes two tensors of one shape";
     float *y = output_data(state, context, 0, gate.rank, gate.dims);
+    if (gate.size == 0) return NULL;
+    if (y == NULL) return "GatedActivation" NO_OUTPUT;
     Job job = {state->kind, gate.data, up.data, y, (size_t)gate.size};
     parallel_for(state, context, work, (job.count + PIECE - 1) / PIECE, &job);
     return NULL;

@@ -29,12 +29,19 @@ const char *isa_name(Isa);
 #define CIERZO_BEGIN_AVX512                                                                                           \
     CIERZO_PRAGMA(clang attribute push(                                                                               \
         __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function))
+#define CIERZO_BEGIN_AVX512_BF16                                                                                      \
+    CIERZO_PRAGMA(clang attribute push(                                                                               \
+        __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))),            \
+        apply_to = function))
 #define CIERZO_END_ISA CIERZO_PRAGMA(clang attribute pop)
 #elif defined(__GNUC__)
 #define CIERZO_PRAGMA(text) _Pragma(#text)
 #define CIERZO_BEGIN_AVX2 CIERZO_PRAGMA(GCC push_options) CIERZO_PRAGMA(GCC target("avx2,fma,f16c"))
 #define CIERZO_BEGIN_AVX512                                                                                           \
     CIERZO_PRAGMA(GCC push_options) CIERZO_PRAGMA(GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))
+#define CIERZO_BEGIN_AVX512_BF16                                                                                      \
+    CIERZO_PRAGMA(GCC push_options)                                                                                   \
+    CIERZO_PRAGMA(GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))
 #define CIERZO_END_ISA CIERZO_PRAGMA(GCC pop_options)
 #endif
 

@@ -27,6 +27,11 @@ static Op *const OPS[] = {
 };
 enum { NUM_OPS = sizeof OPS / sizeof OPS[0] };
 
+/* When the library is loaded, and not with each session: another thread may be running these operators by then. */
+__attribute__((constructor)) static void prepare_all(void) {
+    for (int i = 0; i < NUM_OPS; i++) prepare(OPS[i]);
+}
+
 const char *cierzo_isa(void) { return isa_name(isa_level()); }
 
 const char *cierzo_op(int index) { return index >= 0 && index < NUM_OPS ? OPS[index]->name : NULL; }
@@ -36,7 +41,7 @@ OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base)
     OrtCustomOpDomain *domain = NULL;
     OrtStatus *status = ((CreateDomain)(uintptr_t)api->entries[ORT_CREATE_CUSTOM_OP_DOMAIN])(DOMAIN, &domain);
     for (int i = 0; status == NULL && i < NUM_OPS; i++)
-        status = ((AddOp)(uintptr_t)api->entries[ORT_CUSTOM_OP_DOMAIN_ADD])(domain, prepared(OPS[i]));
+        status = ((AddOp)(uintptr_t)api->entries[ORT_CUSTOM_OP_DOMAIN_ADD])(domain, &OPS[i]->base);
     /* The domain is never released: sessions made with these options go on using it. */
     return status != NULL ? status : ((AddDomain)(uintptr_t)api->entries[ORT_ADD_CUSTOM_OP_DOMAIN])(options, domain);
 }

@@ -207,7 +207,7 @@ static const char *run(void *memory, OrtKernelContext *context) {
                .x = x.data, .gate = gate.data, .up = up.data, .down = down.data};
     float *y = output_data(state, context, 0, 2, x.dims);
     if (x.size == 0) return NULL;
-    if (y == NULL) return "a mixture of experts got no memory for its output";
+    if (y == NULL) return "a mixture of experts" NO_OUTPUT;
     const char *fault = choose_experts(weight, input_tensor(state, context, 2), x.dims[0], job.E, &job.choice);
     if (fault != NULL) return fault;
     fault = run_experts(state, context, &job, weight.data, y);

@@ -34,11 +34,12 @@ typedef struct Tensor {
     int64_t dims[MOST_RANK], size; /* size: number of elements */
 } Tensor;
 
-/* Fills in what ONNX Runtime calls; `op` must live as long as the process. */
-const OrtCustomOp *prepared(Op *op);
+/* Fills in what ONNX Runtime calls; `op` must live as long as the process. Not while another thread uses the op. */
+void prepare(Op *op);
 
 Tensor input_tensor(const void *state, OrtKernelContext *, int index);
-/* The output's memory, given its shape. */
+/* The output's memory, given its shape; NULL where there is none: then the call ends with <the op's name> NO_OUTPUT. */
+#define NO_OUTPUT " could not get an output: no memory is left, or one of another shape is bound"
 void *output_data(const void *state, OrtKernelContext *, int index, int rank, const int64_t *dims);
 
 /* Calls work(data, i) for i = 0 ... total - 1 on ONNX Runtime's own threads, each i claimed by whoever is free. */

@@ -74,7 +74,7 @@ static const char *run(void *memory, OrtKernelContext *context) {
     float *y = output_data(state, context, 0, x.rank, dims);
     const int64_t M = x.size / w.K;
     if (M == 0 || w.N == 0) return NULL;
-    if (x.data == NULL || y == NULL) return "QuantizedMatMul could not get its tensors";
+    if (y == NULL) return "QuantizedMatMul" NO_OUTPUT;
     Scratch *rows = borrow(quantized_rows_bytes(M, &w));
     if (rows == NULL) return "QuantizedMatMul found no memory for its rounded activations";
     Job job = {w, x.data, y, rows->memory, M};

@@ -77,13 +77,18 @@ static Place placed(const Job *job, size_t item) {
 
 /* -- the rows of x -- */
 
-/* A single token's row is rounded for its first expert and used by all. */
+/* A single token's row is rounded for its first expert and used by all, unless one of them is asked twice: the row then
+ * lies otherwise for that one. */
+static int one_row(const Job *job) {
+    return job->choice.N == 1 && job->choice.begin[job->choice.active] == job->choice.active;
+}
+
 static char *rounded_rows(const Job *job, const Place *place) {
-    return job->choice.N == 1 ? job->memory + job->choice.where[job->from] : place->memory;
+    return one_row(job) ? job->memory + job->choice.where[job->from] : place->memory;
 }
 
 static int64_t items_of_rounding(const Job *job, int64_t chosen) {
-    if (job->choice.N == 1 && chosen > job->from) return 0;
+    if (one_row(job) && chosen > job->from) return 0;
     return (int64_t)quantize_pieces(assignments_of(&job->choice, chosen), &job->gate.first);
 }
 
@@ -248,7 +253,7 @@ static const char *run(void *memory, OrtKernelContext *context) {
     if (fault != NULL) return fault;
     float *y = output_data(state, context, 0, 2, x.dims);
     if (x.size == 0) return NULL;
-    if (y == NULL) return "QuantizedMixtureOfExperts got no memory for its output";
+    if (y == NULL) return "QuantizedMixtureOfExperts" NO_OUTPUT;
     fault = choose_experts(weight, input_tensor(state, context, 2), x.dims[0], gate.dims[0], &job.choice);
     if (fault != NULL) return fault;
     fault = run_experts(state, context, &job, weight.data, y);

@@ -23,7 +23,7 @@ static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info,
     return attribute_float(api, info, "epsilon", &state->epsilon) ? "RMSNorm has no attribute epsilon" : NULL;
 }
 
-/* Eight partial sums, so that the compiler may keep them in one vector and rounding grows slowly. */
+/* Sixteen partial sums, so that the compiler may keep them in one vector and rounding grows slowly. */
 static inline __attribute__((always_inline)) void norm_row(const float *x, const float *weight, float *y,
                                                            int64_t width, float epsilon) {
     float sums[16] = {0};
@@ -74,6 +74,7 @@ static const char *run(void *memory, OrtKernelContext *context) {
     Job job = {.x = x.data, .weight = weight.data, .epsilon = state->epsilon, .width = weight.dims[0]};
     job.y = output_data(state, context, 0, x.rank, x.dims);
     if (x.size == 0) return NULL;
+    if (job.y == NULL) return "RMSNorm" NO_OUTPUT;
     job.rows = x.size / job.width;
     job.rows_at_once = job.width < NUMBERS_AT_ONCE ? NUMBERS_AT_ONCE / job.width : 1;
     parallel_for(state, context, work, (size_t)((job.rows + job.rows_at_once - 1) / job.rows_at_once), &job);

@@ -22,13 +22,16 @@ static const AttentionLoops *best_loops(void) {
 
 static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info, void *memory) {
     Attention *a = &((State *)memory)->attributes;
-    int64_t interleaved = 0;
+    int64_t interleaved = 0, rounds = 0;
     if (attribute_float(api, info, "scale", &a->scale) || attribute_int(api, info, "window", &a->window) ||
         attribute_int(api, info, "interleaved", &interleaved))
         return "RollingAttention needs the attributes scale, window and interleaved";
     if (a->window < 0) return "RollingAttention takes a window of at least 1, or 0 for all tokens";
+    attribute_int(api, info, "rounds", &rounds); /* absent in models that were made before there was a choice */
+    if (rounds != 0 && rounds != 1) return "RollingAttention takes rounds of 0 or 1";
     a->interleaved = interleaved != 0;
     a->loops = best_loops();
+    a->rounded = rounds != 0 ? rounded_loops() : NULL;
     scratch_users(1);
     return NULL;
 }
@@ -125,6 +128,10 @@ static const char *run(State *state, OrtKernelContext *context, RingKind kind) {
         a.key_scale = present(state, context, 3, &ring[2], sizeof(float));
         a.value_scale = present(state, context, 4, &ring[3], sizeof(float));
     }
+    const int scales_there = kind != RING_INT8 || (a.key_scale != NULL && a.value_scale != NULL);
+    if ((in[0].size > 0 && a.attended == NULL) ||
+        (ring[0].size > 0 && (a.key_ring == NULL || a.value_ring == NULL || !scales_there)))
+        return "RollingAttention" NO_OUTPUT;
     return attend_all(state, context, &a);
 }
 

@@ -1,6 +1,7 @@
 /* Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and writing to the ring. */
 #include "attention.h"
 
+#include <math.h>
 #include <string.h>
 
 void rotate(const float *x, const float *cos, const float *sin, int64_t D, int interleaved, float *y) {
@@ -28,13 +29,36 @@ void rotated_query(const Attention *a, int64_t b, int64_t h, int64_t t, float *y
     for (int64_t d = 0; d < a->D; d++) y[d] *= a->scale;
 }
 
+/* A key that overflowed would only have no weight where a query points away from it: NaN shows everywhere. */
+static void mark_infinite(uint16_t *half, int64_t D) {
+    for (int64_t d = 0; d < D; d++) half[d] |= (half[d] & 0x7c00) == 0x7c00 ? 0x0200 : 0;
+}
+
+/* Rounded to 8 bits, nothing infinite and no NaN can be told from a number, and so the scale has to. */
+static int all_finite(const float *x, int64_t D) {
+    uint32_t most = 0;
+    for (int64_t d = 0; d < D; d++) {
+        uint32_t bits;
+        memcpy(&bits, x + d, sizeof bits);
+        bits &= 0x7fffffffu;
+        most = bits > most ? bits : most;
+    }
+    return most < 0x7f800000u;
+}
+
 /* One vector into slot number `slot` of all slots of all rows and heads. */
 static void put(const Attention *a, const float *x, void *ring, float *scale, int64_t slot) {
     char *to = (char *)ring + slot * a->D * (int64_t)ring_element(a->kind);
     switch (a->kind) {
     case RING_FLOAT: memcpy(to, x, (size_t)a->D * sizeof *x); break;
-    case RING_HALF: a->loops->to_half(x, (uint16_t *)(void *)to, a->D); break;
-    default: scale[slot] = a->loops->to_int8(x, (int8_t *)to, a->D); break;
+    case RING_HALF:
+        a->loops->to_half(x, (uint16_t *)(void *)to, a->D);
+        mark_infinite((uint16_t *)(void *)to, a->D);
+        break;
+    default:
+        scale[slot] = a->loops->to_int8(x, (int8_t *)to, a->D);
+        if (!all_finite(x, a->D)) scale[slot] = NAN;
+        break;
     }
 }
 

@@ -54,7 +54,7 @@ static const char *run(void *memory, OrtKernelContext *context) {
     }
     job.y = output_data(state, context, 0, x.rank, dims);
     if (job.M == 0 || N == 0) return NULL;
-    if (job.y == NULL) return "StoredMatMul got no memory for its output";
+    if (job.y == NULL) return "StoredMatMul" NO_OUTPUT;
     if (job.M <= FEW_ROWS) {
         const int64_t block = few_block(&job.weight);
         parallel_for(state, context, few_item, (size_t)((N + block - 1) / block), &job);

@@ -1,0 +1,12 @@
+"""GatedActivation's kernel at every level of instructions."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.kernels import levels, run_cases
+
+
+@pytest.mark.parametrize("level", levels())
+def test_all_cases(level: str) -> None:
+    assert run_cases("gated_activation_cases", level).startswith(level)
