@@ -61,7 +61,7 @@ TOLERANCES: dict[str, Tolerance] = {
         eps=1 / 254,
         multiple=4.0,
         floor=0.25,
-        ceiling=0.5,
+        ceiling=0.25,
         reason=(
             "activations before quantised weights, or keys and values, are rounded to 8 bits with a scale for each "
             "block; the reference rounds by the same rule, so that its own error is that of the rounding. Kernels may "

@@ -55,7 +55,7 @@ def config(*windows: int | None, longest: int = 32768) -> ModelConfig:
         ((None,), {"chunk": 40, "context": 40}, 40, 40),
     ],
 )
-def test_defaults(windows: tuple[int | None, ...], options: dict[str, int], chunk: int, context: int | None) -> None:
+def test_defaults(windows: tuple[int | None, ...], options: dict[str, Any], chunk: int, context: int | None) -> None:
     plan = make_plan(config(*windows), **options)
     assert (plan.chunk, plan.context, plan.max_batch) == (chunk, context, 8)
 
@@ -94,7 +94,7 @@ def test_a_context_means_nothing_to_a_model_that_slides_everywhere() -> None:
 
 
 @pytest.mark.parametrize("options, chunk", [({"chunk": 11, "context": 10}, 10), ({"chunk": 101}, 100)])
-def test_a_chunk_is_never_above_the_context(options: dict[str, int], chunk: int) -> None:
+def test_a_chunk_is_never_above_the_context(options: dict[str, Any], chunk: int) -> None:
     assert make_plan(config(4, None, longest=100), **options).chunk == chunk
 
 

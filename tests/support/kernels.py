@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+import pytest
 
 from runtime.kernels import kernels, library_path
 from tests.support.guarded import guarded
@@ -34,7 +36,9 @@ SANITIZED = "asan" in os.environ.get("LD_PRELOAD", "")
 def levels() -> tuple[str, ...]:
     """Levels of instructions that this machine can run, the one in use last."""
     found = kernels()
-    assert found is not None, "the kernels are not built: install the package on a machine with a C compiler"
+    if found is None and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("there is no C compiler, so there are no kernels to test", allow_module_level=True)
+    assert found is not None, "the kernels are not built: install the package again"
     return (*LEVELS[: LEVELS.index(found.isa)], found.isa) if found.isa in LEVELS else ("portable", found.isa)
 
 
