@@ -30,7 +30,7 @@ class Contestant:
     environment: where its worker runs. settings: given to the worker's `load`. converter: the environment of the
     converter, whose versions the report names too; file: what of the converted folder is loaded. rounds: how many
     rounds it takes part in, None for all. long: whether the longest text is read in `every` round, or in the first one
-    and then `kept` open to go on with, or read `once` and given up.
+    and then `kept` open to go on with, or read `once` and given up. scale_bits: what its scales add to each weight.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Contestant:
     settings: Mapping[str, object] = field(default_factory=dict)
     rounds: int | None = None
     long: Long = "kept"
+    scale_bits: float = 0.0
 
     @property
     def ours(self) -> bool:
@@ -156,9 +157,9 @@ def _openvino(name: str, convert: Convert, bits: int) -> Contestant:
 
 def _cierzo(name: str, weights: str, bits: int, block: int | None = None) -> Contestant:
     convert = cierzo(weights, block)
-    return Contestant(
-        f"Cierzo {name}", "cierzo", HERE, convert, bits, file="bundle", long="every" if bits == 4 else "once"
-    )
+    long: Long = "every" if bits == 4 else "once"
+    scale_bits = 0.0 if bits == 32 else 16 / (block or 32)
+    return Contestant(f"Cierzo {name}", "cierzo", HERE, convert, bits, file="bundle", long=long, scale_bits=scale_bits)
 
 
 OURS = "Cierzo int4 block 32"
@@ -172,7 +173,7 @@ MEASURED = (
     _llama("llama.cpp Q4_0", "Q4_0", 4, flash=False),
     _llama(f"llama.cpp Q4_0{FLASH}", "Q4_0", 4, flash=True),
     _genai("onnxruntime-genai int4, layer_types added", genai("int4", block=32, layer_types=True), 4),
-    _genai("onnxruntime-genai int4, as exported", genai("int4", block=32, layer_types=False), 4, rounds=1),
+    _genai("onnxruntime-genai int4, as exported", genai("int4", block=32, layer_types=False), 4),
     _openvino("OpenVINO GenAI int4", openvino("int4", 32), 4),
     Contestant("transformers fp32", "transformers", HERE, as_it_is, 32, file="model"),
 )

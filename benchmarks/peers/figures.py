@@ -18,11 +18,13 @@ class Samples:
 
     rates: figure name to one sample in tokens/s per round. load_seconds: one per start. loaded, after_long: bytes
     resident after loading, and after reading the longest prompt with one text open. kv_bytes: by tokens of text.
-    errors: what the engine said, by what it was asked.
+    errors: what the engine said, by what it was asked. bandwidths: of the machine right before each decode after the
+    short text, bytes/s: that of a shared machine changes from minute to minute.
     """
 
     rates: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     load_seconds: list[float] = field(default_factory=list)
+    bandwidths: list[float] = field(default_factory=list)
     loaded: int | None = None
     after_long: int | None = None
     kv_bytes: dict[int, int] = field(default_factory=dict)

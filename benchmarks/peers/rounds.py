@@ -117,9 +117,11 @@ class Field:
             samples.rates[prefill_figure(tokens)].append(rate(tokens, timing.prefill))
 
     def _decode(self, worker: Worker, samples: Samples, context: int, round_: int) -> None:
+        bandwidth = self._read()
         timing = self._timing(worker, samples, "short", context, self._plan.steps, round_, False)
         if timing is not None:
             samples.rates[decode_figure(context)].append(rate(len(timing.steps), sum(timing.steps)))
+            samples.bandwidths.append(bandwidth)
 
     def _near_and_far(self, worker: Worker, samples: Samples, round_: int) -> None:
         """Decode at both contexts a few steps at a time in turn; the far prompt is read once per process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -133,17 +134,21 @@ def sentences(model: Model, contestants: Sequence[Contestant], samples: Mapping[
 def bandwidth_shares(
     model: Model, contestants: Sequence[Contestant], samples: Mapping[str, Samples], bandwidth: float
 ) -> str:
-    """What part of the read bandwidth (bytes/s) Cierzo's decode takes, counting the numbers of the linear weights
-    alone: no scales, no KV, no embedding."""
+    """What part of the read bandwidth Cierzo's decode takes: of the one that was measured right before each sample.
+
+    Counted are the linear weights and their scales; no KV, no embedding. bandwidth: bytes/s, median over the rounds.
+    """
     figure, parts = decode_figure(model.short), []
     for contestant in contestants:
-        medians = samples[contestant.name].medians()
-        if contestant.ours and figure in medians:
-            nbytes = model.shape.linear_parameters * contestant.bits / 8
-            parts.append(f"{contestant.name} {100 * ratio(medians[figure] * nbytes, bandwidth):.0f} %")
+        found = samples[contestant.name]
+        if contestant.ours and found.rates.get(figure):
+            nbytes = model.shape.linear_parameters * (contestant.bits + contestant.scale_bits) / 8
+            pairs = zip(found.rates[figure], found.bandwidths, strict=True)
+            share = statistics.median(ratio(rate * nbytes, limit) for rate, limit in pairs)
+            parts.append(f"{contestant.name} {100 * share:.0f} %")
     return (
-        f"{model.title}: read bandwidth {bandwidth / 1e9:.1f} GB/s; part of it that the numbers of the linear weights "
-        f"take at {figure}: {', '.join(parts) or 'not measured'}"
+        f"{model.title}: read bandwidth {bandwidth / 1e9:.1f} GB/s; part of the one measured right before that the linear "
+        f"weights and their scales take at {figure}, medians: {', '.join(parts) or 'not measured'}"
     )
 
 

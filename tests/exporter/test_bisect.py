@@ -298,10 +298,8 @@ def test_the_readme_works_as_written(dense: Exported, tmp_path: Path) -> None:
     bisect(wrong, dense.checkpoint, tmp_path / "out")
     command = (tmp_path / "out" / "README.txt").read_text().splitlines()[0]
     assert command.startswith("polygraphy run culprit.onnx ")
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        command.split(), cwd=tmp_path / "out", env={**os.environ, "PATH": path}, capture_output=True, text=True
-    )
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(command.split(), cwd=tmp_path / "out", env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Pass Rate: 0.00%" in done.stdout + done.stderr
 
