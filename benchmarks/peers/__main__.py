@@ -78,7 +78,8 @@ class Benchmark:
         failed = tables.failures(self.measured, samples, made, self.workdir)
         if failed:
             report.tables[f"{model.title}: what did not work"] = failed
-        report.say(tables.bandwidth_shares(model, self.measured, samples, statistics.median(field.bandwidths)))
+        if not model.shape.experts:  # of a mixture only the chosen experts are read
+            report.say(tables.bandwidth_shares(model, self.measured, samples, statistics.median(field.bandwidths)))
 
     def check_windows(self, report: Report) -> None:
         """The table of the window check into the report."""

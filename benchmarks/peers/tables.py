@@ -147,8 +147,8 @@ def bandwidth_shares(
             share = statistics.median(ratio(rate * nbytes, limit) for rate, limit in pairs)
             parts.append(f"{contestant.name} {100 * share:.0f} %")
     return (
-        f"{model.title}: read bandwidth {bandwidth / 1e9:.1f} GB/s; part of the one measured right before that the linear "
-        f"weights and their scales take at {figure}, medians: {', '.join(parts) or 'not measured'}"
+        f"{model.title}: read bandwidth {bandwidth / 1e9:.1f} GB/s; part of the one measured right before that the "
+        f"linear weights and their scales take at {figure}, medians: {', '.join(parts) or 'not measured'}"
     )
 
 
