@@ -21,7 +21,7 @@ typedef struct Job {
     Activation kind;
     Choice choice;
     int64_t E, I, C, from, to;
-    int type;
+    int type, few_tokens; /* see few() */
     const float *x;
     const char *gate, *up, *down;
     float *results, *packed, *hidden; /* of expert i of the group from row choice.where[i] on in the last two */
@@ -30,10 +30,14 @@ typedef struct Job {
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
+/* Whether an expert's M rows are dot products. Decided by all tokens of the call and not by the expert's own, so that a
+ * token's bits do not depend on which experts the others chose. */
+static int few(const Job *job, int64_t M) { return job->few_tokens && M <= FEW_ROWS; }
+
 /* Rows that an expert's tokens take in `packed` and `hidden`. */
 static int64_t room_of(const Job *job, int64_t chosen) {
     int64_t M = assignments_of(&job->choice, chosen);
-    return M <= FEW_ROWS ? M : parts(M, PANEL) * PANEL;
+    return few(job, M) ? M : parts(M, PANEL) * PANEL;
 }
 
 static StoredWeight matrix(const Job *job, const char *stack, int64_t chosen, int64_t N, int64_t K) {
@@ -65,15 +69,14 @@ static void run_stage(const State *state, OrtKernelContext *context, Job *job,
 /* Items of a product with a matrix [N, K]: blocks of its rows, for panels times groups of panels. */
 static int64_t items_of_product(const Job *job, int64_t M, int64_t N, int64_t K) {
     const StoredWeight weight = {NULL, N, K, job->type};
-    if (M <= FEW_ROWS) return parts(N, few_block(&weight));
+    if (few(job, M)) return parts(N, few_block(&weight));
     return parts(N, BLOCK) * parts(M, MOST_PANELS * PANEL);
 }
 
 /* -- the rows of x as panels -- */
 
 static int64_t items_of_pack(const Job *job, int64_t M) {
-    (void)job;
-    return M <= FEW_ROWS ? 0 : parts(M, PANEL);
+    return few(job, M) ? 0 : parts(M, PANEL);
 }
 
 /* The rows of x that an expert's assignments `first` ... are made for, at most PANEL. */
@@ -114,7 +117,7 @@ static void gate_item(void *data, size_t item) {
     const int64_t I = job->I, blocks = parts(I, BLOCK);
     const StoredWeight gate = matrix(job, job->gate, place.chosen, I, job->C);
     const StoredWeight up = matrix(job, job->up, place.chosen, I, job->C);
-    if (place.M <= FEW_ROWS) {
+    if (few(job, place.M)) {
         few_gate(job, place, &gate, &up);
         return;
     }
@@ -139,7 +142,7 @@ static void down_item(void *data, size_t item) {
     const int64_t I = job->I, C = job->C, blocks = parts(C, BLOCK);
     const StoredWeight down = matrix(job, job->down, place.chosen, C, I);
     float *results = job->results + job->choice.begin[place.chosen] * C;
-    if (place.M <= FEW_ROWS) {
+    if (few(job, place.M)) {
         const int64_t block = few_block(&down), first = place.item * block;
         const float *rows[FEW_ROWS];
         for (int64_t m = 0; m < place.M; m++) rows[m] = job->hidden + (place.row + m) * I;
@@ -204,7 +207,7 @@ static const char *run(void *memory, OrtKernelContext *context) {
         down.dims[0] != gate.dims[0] || down.dims[1] != gate.dims[2] || down.dims[2] != gate.dims[1])
         return "a mixture of experts takes x [N, C], gate and up [E, I, C] and down [E, C, I]";
     Job job = {.kind = state->kind, .E = gate.dims[0], .I = gate.dims[1], .C = gate.dims[2], .type = gate.type,
-               .x = x.data, .gate = gate.data, .up = up.data, .down = down.data};
+               .few_tokens = x.dims[0] <= FEW_ROWS, .x = x.data, .gate = gate.data, .up = up.data, .down = down.data};
     float *y = output_data(state, context, 0, 2, x.dims);
     if (x.size == 0) return NULL;
     if (y == NULL) return "a mixture of experts" NO_OUTPUT;

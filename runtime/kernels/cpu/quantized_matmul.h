@@ -14,6 +14,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* How rounded activations lie: as suits their number, or always in one way, so that a token's bits do not depend on how
+ * many others are multiplied with the same matrix. */
+typedef enum { LAYOUT_BY_NUMBER = 0, LAYOUT_BY_ROWS, LAYOUT_BY_TOKENS } QuantizedLayout;
+
 /* A matrix [N, K] as it lies in the file, in the layout of ONNX Runtime's MatMulNBits; blocks = ceil(K / block).
  *
  * packed  [N, blocks, block * bits / 8]; of two 4-bit numbers in a byte the first is the low half. The last block is
@@ -27,6 +31,7 @@ typedef struct QuantizedWeight {
     const uint8_t *zero;
     int64_t N, K, blocks;
     int bits, block, scale_is_half;
+    QuantizedLayout layout;
 } QuantizedWeight;
 
 /* Checks sizes that a kernel relies on: bits 4 or 8, block a power of two from 16 to 256. NULL, or what is wrong. */

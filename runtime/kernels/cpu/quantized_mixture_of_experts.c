@@ -223,7 +223,7 @@ static const char *read_stack(const State *state, OrtKernelContext *context, int
     const Tensor zero = input_tensor(state, context, zero_at);
     QuantizedWeight *w = &stack->first;
     *w = (QuantizedWeight){packed.data, scale.data, zero.data, packed.dims[1], K, packed.dims[2], (int)state->bits,
-                           (int)state->block, scale.type == TYPE_FLOAT16};
+                           (int)state->block, scale.type == TYPE_FLOAT16, LAYOUT_BY_NUMBER};
     const char *fault = quantized_weight_fault(w);
     if (fault != NULL) return fault;
     const int64_t E = packed.dims[0], zeros = parts(w->blocks * w->bits, 8);
@@ -238,6 +238,8 @@ static const char *read_stack(const State *state, OrtKernelContext *context, int
     return NULL;
 }
 
+enum { FEW_TOKENS = 8 }; /* up to so many in a call, each expert's are multiplied row by row */
+
 static const char *run(void *memory, OrtKernelContext *context) {
     const State *state = memory;
     Tensor x = input_tensor(state, context, 0), weight = input_tensor(state, context, 1);
@@ -251,6 +253,9 @@ static const char *run(void *memory, OrtKernelContext *context) {
     if (fault == NULL) fault = read_stack(state, context, 5, 10, job.C, &job.up);
     if (fault == NULL) fault = read_stack(state, context, 7, 11, job.I, &job.down);
     if (fault != NULL) return fault;
+    /* By all tokens of the call and not by those of each expert: a token's bits then do not depend on the others'. */
+    const QuantizedLayout layout = x.dims[0] > FEW_TOKENS ? LAYOUT_BY_TOKENS : LAYOUT_BY_ROWS;
+    job.gate.first.layout = job.up.first.layout = job.down.first.layout = layout;
     float *y = output_data(state, context, 0, 2, x.dims);
     if (x.size == 0) return NULL;
     if (y == NULL) return "QuantizedMixtureOfExperts" NO_OUTPUT;

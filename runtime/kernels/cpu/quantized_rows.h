@@ -38,7 +38,10 @@ typedef struct Rows {
 Rows rows_in(const void *memory, int64_t M, const QuantizedWeight *);
 
 /* Whether the layout by tokens is the faster one: measured, 8-bit weights need no unpacking. */
-static inline int by_tokens_pays(int64_t M, const QuantizedWeight *w) { return M > (w->bits == 4 ? MOST_FEW : 5); }
+static inline int by_tokens_pays(int64_t M, const QuantizedWeight *w) {
+    if (w->layout != LAYOUT_BY_NUMBER) return w->layout == LAYOUT_BY_TOKENS;
+    return M > (w->bits == 4 ? MOST_FEW : 5);
+}
 
 /* log2 of the zero that stands where none is given. */
 static inline int zero_shift(const QuantizedWeight *w) { return w->bits == 4 ? 3 : 7; }
