@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import memory_of
 from benchmarks.peers.contestants import WORKERS, Contestant
 from benchmarks.peers.conversion import ROOT, last_words
 from benchmarks.peers.environments import Environments
+from exporter.machine import memory_of
 
 _LIMIT = 900  # seconds of one command
 

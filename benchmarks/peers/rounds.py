@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.machine import ReadBandwidth
 from benchmarks.peers.client import Timing, Worker, WorkerError
 from benchmarks.peers.contestants import Contestant
 from benchmarks.peers.environments import Environments
 from benchmarks.peers.figures import Samples, decode_figure, prefill_figure, rate, ratio
 from benchmarks.peers.models import Model
 from benchmarks.peers.workers.protocol import made_up
+from exporter.machine import ReadBandwidth
 
 _TAKES = 4
 """How often decode at the near and at the far context take turns within a round."""
