@@ -1,0 +1,101 @@
+"""Where a case of a kernel's test runs: the CPU, or a GPU. Cases are written once against `Device`.
+
+Buffers are poisoned and guarded: before and after each lie bytes that no kernel may change, looked at on every download.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.kernels.cuda.launch import DeviceLimits, Launcher
+from tests.support.cuda_cpu import LIMITS, CpuLauncher
+
+Array = npt.NDArray[Any]
+GUARD_BYTES = 4096
+CANARY = 0xA5
+POISON = 0xFF
+"""In every byte of what is not written yet: NaN in every floating-point type, -1 in integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Memory of a device. address: its first byte, aligned to 256."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    allocation: Any
+    """What keeps the memory; the device's own."""
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Device(Protocol):
+    """A place to run kernels, and its memory."""
+
+    @property
+    def launcher(self) -> Launcher: ...
+
+    def upload(self, array: Array) -> Buffer:
+        """A copy of the array on the device."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
+        """Poisoned memory."""
+        ...
+
+    def download(self, buffer: Buffer) -> Array:
+        """What the buffer holds once all launches have run. Fails if a kernel wrote around it."""
+        ...
+
+
+def _framed(content: bytes) -> Array:
+    """The content between two guards, the second one reaching up to a multiple of 256 bytes."""
+    tail = GUARD_BYTES + -len(content) % 256
+    frame = np.full(GUARD_BYTES + len(content) + tail, CANARY, np.uint8)
+    frame[GUARD_BYTES : GUARD_BYTES + len(content)] = np.frombuffer(content, np.uint8)
+    return frame
+
+
+def _content(frame: Array, buffer: Buffer) -> Array:
+    end = GUARD_BYTES + buffer.nbytes
+    before, after = np.flatnonzero(frame[:GUARD_BYTES] != CANARY), np.flatnonzero(frame[end:] != CANARY)
+    assert not before.size, f"a kernel wrote {GUARD_BYTES - before[-1]} bytes before a buffer of {buffer.nbytes}"
+    assert not after.size, f"a kernel wrote byte {buffer.nbytes + after[0]} of a buffer of {buffer.nbytes}"
+    return frame[GUARD_BYTES:end].copy().view(buffer.dtype).reshape(buffer.shape)
+
+
+class CpuDevice:
+    """The CPU. seed: the order of threads and blocks (see CpuLauncher)."""
+
+    def __init__(self, limits: DeviceLimits = LIMITS, *, seed: int | None = None) -> None:
+        self._launcher = CpuLauncher(limits, seed=seed)
+
+    @property
+    def launcher(self) -> Launcher:
+        return self._launcher
+
+    def upload(self, array: Array) -> Buffer:
+        return self._buffer(array.tobytes(), array.shape, array.dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
+        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        return self._buffer(bytes([POISON]) * count, shape, np.dtype(dtype))
+
+    def download(self, buffer: Buffer) -> Array:
+        return _content(buffer.allocation, buffer)
+
+    @staticmethod
+    def _buffer(content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
+        frame = _framed(content)
+        memory = np.empty(frame.size + 256, np.uint8)
+        skip = -memory.ctypes.data % 256
+        aligned = memory[skip : skip + frame.size]
+        aligned[:] = frame
+        return Buffer(aligned.ctypes.data + GUARD_BYTES, shape, dtype, aligned)
