@@ -1,8 +1,8 @@
 """How an engine's weight is made of what the bundle's files hold: a small tree, evaluated piece by piece.
 
 A leaf is a tensor in a file; above it stand concatenation along axis 0, another order of rows, a cast, and the turn
-from unsigned to signed numbers. The tree is written when an engine is built and read when it is loaded, so that an engine
-needs neither a copy of the weights nor the graph. Nothing larger than one piece is ever held.
+from unsigned to signed numbers. The tree is written when an engine is built and read when it is loaded, so that an
+engine needs neither a copy of the weights nor the graph. Nothing larger than one piece is ever held.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def _body(attributes: Attributes) -> str:
     zero_raw = Constant <value_float = 0.0> ()
     zero = CastLike (zero_raw, x_NC)
     nothing_NE = Expand (zero, tokens_experts)
-    weight_NE = ScatterElements <axis = 1> (nothing_NE, expert_NK, weight_NK)
+    weight_like_x = CastLike (weight_NK, x_NC)
+    weight_NE = ScatterElements <axis = 1> (nothing_NE, expert_NK, weight_like_x)
     weight_EN = Transpose <perm = [1, 0]> (weight_NE)
     weight_EN1 = Unsqueeze (weight_EN, axis_2)
     gate_wide = CastLike (gate_EIC, x_NC)
@@ -83,8 +84,8 @@ MIXTURE_OF_EXPERTS = PluginOp(
     body=_body,
     examples=_examples,
 )
-"""x [N, C], weight [N, K], both float32; expert int64 [N, K] (distinct within a token); gate and up [E, I, C], down
-[E, C, I], all float32, float16 or bfloat16.
+"""x [N, C] float32 or what an engine computes in, weight [N, K] float32; expert int64 [N, K] (distinct within a token);
+gate and up [E, I, C], down [E, C, I], all float32, float16 or bfloat16; to y [N, C], as x.
 
 y[n] = Σ_k weight[n, k] · down_e(act(gate_e(x[n])) · up_e(x[n])) with e = expert[n, k]. The weights need not sum to one.
 """

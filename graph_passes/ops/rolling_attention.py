@@ -19,8 +19,11 @@ _TURNED = """
     query_BHTD = Transpose <perm = [0, 2, 1, 3]> (query_BTHD)
     key_BGTD = Transpose <perm = [0, 2, 1, 3]> (key_BTGD)
     value_BGTD = Transpose <perm = [0, 2, 1, 3]> (value_BTGD)
-    rotated_query = cierzo.RotaryEmbedding <interleaved: int = @interleaved> (query_BHTD, cos_BTd, sin_BTd)
-    rotated_key = cierzo.RotaryEmbedding <interleaved: int = @interleaved> (key_BGTD, cos_BTd, sin_BTd)
+    query_like_cos = CastLike (query_BHTD, cos_BTd)
+    key_like_cos = CastLike (key_BGTD, cos_BTd)
+    turned_query = cierzo.RotaryEmbedding <interleaved: int = @interleaved> (query_like_cos, cos_BTd, sin_BTd)
+    rotated_key = cierzo.RotaryEmbedding <interleaved: int = @interleaved> (key_like_cos, cos_BTd, sin_BTd)
+    rotated_query = CastLike (turned_query, query_BTHD)
 """
 _ATTENDED = """
     attended = cierzo.SlidingWindowAttention <scale: float = @scale, window: int = @window>
@@ -95,7 +98,8 @@ def _int8_body(attributes: Attributes) -> str:
     most_raw = Constant <value_float = 127.0> ()
     most = CastLike (most_raw, query_BTHD)
     {_TURNED}
-    {_int8_write("key", "rotated_key")}
+    new_key = CastLike (rotated_key, query_BTHD)
+    {_int8_write("key", "new_key")}
     {_int8_write("value", "value_BGTD")}
     {_ATTENDED}
     """
@@ -137,8 +141,9 @@ ROLLING_ATTENTION = PluginOp(
     examples=_examples,
     calls=_CALLS,
 )
-"""query [B, T, H, D], key and value [B, T, G, D], cos and sin [B, T, D/2], all float32; rings float32 or float16
-[B, G, S, D]; start and count int64 [B]; to attended [B, T, H, D] and the rings after the write.
+"""query [B, T, H, D], key and value [B, T, G, D], float32 or what an engine computes in (float16, bfloat16); cos and
+sin [B, T, D/2] float32; rings [B, G, S, D] float32, float16 or bfloat16; start and count int64 [B]; to attended
+[B, T, H, D], as the query, and the rings after the write. Queries and keys are turned in the type of cos and sin.
 
 What becomes infinite in a ring is stored as NaN. A runtime binds past and present to one buffer. scale, window,
 interleaved: see the three ops that the body calls. rounds: 1 allows a runtime to round queries, keys, values and

@@ -18,6 +18,7 @@ from exporter.quantized_reference import quantized_reference
 from reference.checkpoint import Checkpoint
 from reference.oracle import Load, Oracle
 from reference.parity import Budget, budget, position_errors
+from reference.rounding import Rounding
 from reference.weights import bind, load_parameter
 from runtime import Session
 from runtime.bundle import read_bundle
@@ -91,22 +92,31 @@ def with_weights(model: Any, weights: Mapping[str, Load]) -> Any:
     return model
 
 
-class Judge:
-    """Truth, reference and transformers for one checkpoint, with the weights that a bundle has and what it rounds."""
+ARITHMETIC = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-    def __init__(self, case: Exported) -> None:
+
+class Judge:
+    """Truth, reference and transformers for one checkpoint, with the weights that a bundle has and what it rounds.
+
+    arithmetic: what the engine computes in. In another type than float32 the reference computes in it throughout.
+    """
+
+    def __init__(self, case: Exported, arithmetic: str = "float32") -> None:
         checkpoint = case.opened()
         self.vocab_size = checkpoint.config.vocab_size
         held = quantized_reference(read_bundle(case.bundle))
         self._oracle = Oracle(checkpoint, held.weights)
-        self._rounding = held.rounding
+        self._arithmetic = arithmetic
+        self._rounding = held.rounding if arithmetic == "float32" else Rounding()
         self._transformers = with_weights(load_oracle(case.checkpoint), held.weights)
 
     def truth_and_budget(self, rows: Rows) -> tuple[list[NDArray[np.float64]], Budget]:
         """The reference's logits in float64, and what the engine may be away from them."""
         truth = [logits.numpy() for logits in self._oracle.logits(rows, torch.float64)]
-        rounded = self._oracle.logits(rows, torch.float32, rounding=self._rounding)
-        return truth, budget(truth, [logits.numpy() for logits in rounded], self._rounding.kind)
+        dtype = ARITHMETIC[self._arithmetic]
+        rounded = self._oracle.logits(rows, dtype, rounding=self._rounding)
+        kind = self._rounding.kind if self._arithmetic == "float32" else self._arithmetic
+        return truth, budget(truth, [logits.float().numpy() for logits in rounded], kind)
 
     def transformers(self, rows: Rows) -> Logits:
         """Logits [T, V] of each row by transformers in float32, each row alone."""

@@ -1,0 +1,124 @@
+"""The graph that an engine is built from: no weight in it, each described by an expression; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from exporter.build.lower import lower_for_engine
+from exporter.bundle_graph import load_graph
+from exporter.compile import export
+from exporter.recipes import parameters, value_of
+from runtime.bundle import read_bundle
+from runtime.engine_info import INPUT, REFIT
+from runtime.errors import BackendError, FusionError
+from runtime.weight_expression import pieces
+from tests.support.bundles import Exported, checkpoint, exported, shared_traces
+from tests.support.lowered import lowered_session
+from tests.support.native import as_native
+from tests.support.parity import Judge, random_rows
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral": {"dtype": "bfloat16"},
+    "mixtral": {"architecture": "mixtral", "dtype": "bfloat16"},
+    "tied": {"architecture": "qwen2", "dtype": "float16", "tie": True},
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_weights_are_inputs_and_expressions_make_them(model: str) -> None:
+    case = exported(**MODELS[model])
+    bundle = read_bundle(case.bundle)
+    graph = lower_for_engine(bundle, "float32", "float32")
+    proto = onnx.load_from_string(graph.onnx)
+    large = [t.name for t in proto.graph.initializer if int(np.prod(t.dims)) > 64]
+    assert not large
+    manifest = bundle.manifest
+    own = {manifest.graph.input_ids, manifest.graph.start_positions, manifest.graph.token_counts}
+    own |= {manifest.graph.logit_positions}
+    own |= {name for layer in manifest.kv.layers for name in (layer.past_key, layer.past_value)}
+    assert {value.name for value in proto.graph.input} - own == {weight.name for weight in graph.weights}
+    assert {weight.role for weight in graph.weights} == {INPUT}
+    stored = parameters(load_graph(bundle))
+    whole = {name: value_of(value).astype(np.float32) for name, value in stored.items()}
+    assert (
+        sum(int(np.prod(weight.shape)) for weight in graph.weights)
+        >= sum(
+            array.size
+            for name, array in whole.items()
+            if name != "rotary.inverse_frequency_d" and array.dtype.kind == "f"
+        )
+        - 64 * 16
+    )
+    for weight in graph.weights:
+        data = np.concatenate(list(pieces(weight.expression, bundle.file, graph.orders)))
+        parts = list(_parts(weight.name))
+        want = np.concatenate([whole[name].reshape(-1) for name in parts])
+        if weight.dtype == "F32":
+            np.testing.assert_array_equal(data.view(np.float32), want)
+        else:
+            assert data.size == want.size * 2
+
+
+def _parts(name: str) -> Iterator[str]:
+    head, _, last = name.rpartition(".")
+    if "+" not in name:
+        yield name.removesuffix(".f32")
+        return
+    before, _, joined = head.rpartition(".")
+    for part in joined.split("+"):
+        yield f"{before}.{part}.{last}"
+
+
+def test_rows_in_another_order(tmp_path: Path) -> None:
+    """The pairs of a native checkpoint lie side by side, where the graph wants halves."""
+    twin = checkpoint(dtype="bfloat16")
+    with shared_traces():
+        bundle = export(as_native(twin, tmp_path / "native"), tmp_path / "bundle", chunk=4, prove=False)
+    graph = lower_for_engine(read_bundle(bundle), "float16", "float16")
+    assert {len(order) for order in graph.orders.values()} == {16, 32}
+    case = Exported(twin, bundle)
+    judge = Judge(case, arithmetic="float16")
+    judge.hold(lowered_session(case, "float16"), random_rows([19, 7], judge.vocab_size, seed=3), seed=4)
+
+
+def test_int4_weights_are_filled_into_every_plan_and_int8_is_read_by_all() -> None:
+    for kind, dtype, role in (("int4", "I4", REFIT), ("int8", "I8", INPUT)):
+        case = exported(dtype="bfloat16", options={"weights": kind, "keep": ("lm_head",), "block_size": 16})
+        graph = lower_for_engine(read_bundle(case.bundle), "float16", "float16")
+        packed = [weight for weight in graph.weights if weight.dtype == dtype]
+        assert len(packed) == 2 * 4
+        assert {weight.role for weight in packed} == {role}
+        scales = [weight for weight in graph.weights if weight.name.endswith(".scale")]
+        assert {(weight.dtype, weight.role) for weight in scales} == {("F16", role)}
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "mixtral"])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_quantised_graphs_past_the_window(architecture: str, kind: str) -> None:
+    options = {"weights": kind, "block_size": 16}
+    case = exported(dtype="bfloat16", architecture=architecture, options=options)
+    judge = Judge(case, arithmetic="float16")
+    judge.hold(lowered_session(case, "float16"), random_rows([19, 7, 5], judge.vocab_size, seed=3), seed=4)
+
+
+def test_refusals() -> None:
+    plain = read_bundle(exported(dtype="bfloat16").bundle)
+    with pytest.raises(BackendError, match="computes in float32, bfloat16, float16"):
+        lower_for_engine(plain, "float64", "float32")
+    int4 = read_bundle(exported(dtype="bfloat16", options={"weights": "int4", "block_size": 16}).bundle)
+    with pytest.raises(BackendError, match=r"float16 scales.*not in bfloat16"):
+        lower_for_engine(int4, "bfloat16", "bfloat16")
+    int8_rings = read_bundle(exported(dtype="bfloat16", options={"kv": "int8"}).bundle)
+    with pytest.raises(BackendError, match=r"int8 KV buffers.*--kv float16"):
+        lower_for_engine(int8_rings, "float16", "float16")
+    points = read_bundle(
+        exported(dtype="bfloat16", options={"weights": "int4", "block_size": 16, "zero_points": True}).bundle
+    )
+    with pytest.raises(FusionError, match="zero points"):
+        lower_for_engine(points, "float16", "float16")
