@@ -15,6 +15,7 @@ import onnx_ir.passes.common as common
 from exporter.bundle_graph import load_graph
 from graph_passes.lower.arithmetic import ARITHMETIC, RINGS, lower_arithmetic
 from graph_passes.lower.dequantize import dequantize_products
+from graph_passes.lower.packed_attention import pack_attention
 from graph_passes.lower.products import merge_products
 from graph_passes.ops.base import DOMAIN
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
@@ -61,6 +62,7 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
     _refuse(model, bundle, arithmetic)
     lower_arithmetic(model, arithmetic, kv)
     merge_products(model)
+    pack_attention(model)
     weights = _Weights(model)
     dequantize_products(model, ARITHMETIC[arithmetic], weights.bind)
     weights.detach_all(ARITHMETIC[arithmetic])

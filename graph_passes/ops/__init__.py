@@ -7,6 +7,7 @@ from graph_passes.ops.gated_activation import GATED_ACTIVATION
 from graph_passes.ops.grouped_query_attention import GROUPED_QUERY_ATTENTION
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.moe_gate import MOE_GATE
+from graph_passes.ops.packed_attention import PACKED_ROLLING_ATTENTION
 from graph_passes.ops.quantized_matmul import QUANTIZED_MATMUL
 from graph_passes.ops.quantized_moe import QUANTIZED_MIXTURE_OF_EXPERTS
 from graph_passes.ops.rms_norm import RMS_NORM
@@ -29,6 +30,7 @@ OPS: dict[str, PluginOp] = {
         RMS_NORM,
         ROLLING_ATTENTION,
         ROLLING_ATTENTION_INT8,
+        PACKED_ROLLING_ATTENTION,
         STORED_MATMUL,
         QUANTIZED_MATMUL,
         QUANTIZED_MIXTURE_OF_EXPERTS,

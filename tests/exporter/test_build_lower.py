@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from exporter.build.lower import lower_for_engine
 from exporter.bundle_graph import load_graph
 from exporter.compile import export
 from exporter.recipes import parameters, value_of
+from graph_passes.lower.arithmetic import lower_arithmetic
+from graph_passes.lower.packed_attention import pack_attention
+from graph_passes.lower.products import merge_products
 from runtime.bundle import read_bundle
 from runtime.engine_info import INPUT, REFIT
 from runtime.errors import BackendError, FusionError
@@ -122,3 +126,85 @@ def test_refusals() -> None:
     )
     with pytest.raises(FusionError, match="zero points"):
         lower_for_engine(points, "float16", "float16")
+
+
+def merged(**settings: Any) -> ir.Model:
+    model = load_graph(read_bundle(exported(**settings).bundle))
+    lower_arithmetic(model, "float32", "float32")
+    merge_products(model)
+    return model
+
+
+def attention(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph if "RollingAttention" in node.op_type]
+
+
+def test_attention_reads_the_product_whole() -> None:
+    model = merged(dtype="bfloat16")
+    assert pack_attention(model) == 2
+    assert attention(model) == ["PackedRollingAttention"] * 2
+
+
+def test_attention_behind_a_bias_stays() -> None:
+    model = merged(architecture="qwen2", dtype="float16", tie=True)
+    assert pack_attention(model) == 0
+    assert attention(model) == ["RollingAttention"] * 2
+
+
+def _another_reader(model: ir.Model, node: ir.Node) -> None:
+    part = _reshape(node, 0).inputs[0]
+    assert part is not None
+    extra = ir.Node("", "Identity", [part], outputs=[ir.Value(name="extra", type=part.type, shape=part.shape)])
+    model.graph.append(extra)
+    model.graph.outputs.append(extra.outputs[0])
+
+
+def _key_and_value_changed_places(model: ir.Model, node: ir.Node) -> None:
+    key, value = node.inputs[1], node.inputs[2]
+    node.replace_input_with(1, value)
+    node.replace_input_with(2, key)
+
+
+def _heads_spelled_out(model: ir.Model, node: ir.Node) -> None:
+    shape = _reshape(node, 0).inputs[1]
+    assert shape is not None
+    maker = shape.producer()
+    assert maker is not None
+    tensor = ir.tensor(np.array([4], np.int64), name="four")
+    four = ir.Value(name="four", type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor)
+    model.graph.register_initializer(four)
+    maker.replace_input_with(2, four)
+
+
+def _query_turned_before(model: ir.Model, node: ir.Node) -> None:
+    query = node.inputs[0]
+    assert query is not None
+    turned = ir.Node("", "Neg", [query], outputs=[ir.Value(name="turned", type=query.type, shape=query.shape)])
+    model.graph.insert_before(node, turned)
+    node.replace_input_with(0, turned.outputs[0])
+
+
+def _reshape(node: ir.Node, index: int) -> ir.Node:
+    value = node.inputs[index]
+    assert value is not None
+    made = value.producer()
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "others"),
+    [
+        (_another_reader, 1),
+        (_key_and_value_changed_places, 1),
+        (_heads_spelled_out, 0),  # one shape serves all layers
+        (_query_turned_before, 1),
+    ],
+)
+def test_attention_that_does_not_read_one_product_in_order_stays(
+    change: Callable[[ir.Model, ir.Node], None], others: int
+) -> None:
+    model = merged(dtype="bfloat16")
+    change(model, next(node for node in model.graph if node.op_type == "RollingAttention"))
+    assert pack_attention(model) == others
+    assert attention(model)[0] == "RollingAttention"

@@ -69,6 +69,12 @@ def _rolling(window: int, interleaved: int, rings: ir.DataType = ir.DataType.FLO
     return Case(op, attributes, {}, {} if rings == ir.DataType.FLOAT else dict.fromkeys(_RINGS, rings))
 
 
+def _packed(window: int, interleaved: int, rings: ir.DataType = ir.DataType.FLOAT) -> Case:
+    alone = _rolling(window, interleaved, rings)
+    attributes = {**alone.attributes, "heads": 2, "kv_heads": 1}  # what the examples have
+    return Case("PackedRollingAttention", attributes, {}, alone.types)
+
+
 def _quantized(K: int, N: int, bits: int, block: int, zero: bool, scale: ir.DataType = ir.DataType.FLOAT) -> Case:
     types = {"packed_NBb": U8, "zero_NZ": U8, "scale_NB": scale}
     return Case(
@@ -119,6 +125,8 @@ CASES = [
     Case("StoredMatMul", {}, {"N": 1, "K": 1}),
     *(_rolling(window, i) for window in (0, 1, 2, 5, 33) for i in (0, 1)),
     *(_rolling(window, i, kind) for window, i in ((0, 1), (1, 0), (5, 0), (5, 1)) for kind in (F16, I8)),
+    *(_packed(window, i) for window in (0, 1, 5) for i in (0, 1)),
+    _packed(5, 0, F16),
     *(_quantized(40, 5, bits, 16, zero) for bits in (4, 8) for zero in (False, True)),
     *(_quantized(64, 3, bits, 32, zero, F16) for bits in (4, 8) for zero in (False, True)),
     _quantized(16, 1, 4, 128, True),

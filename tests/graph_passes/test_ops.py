@@ -42,8 +42,11 @@ def meaning(case: Case, feeds: Arrays) -> list[Any]:
             query, key, value, start, count = inputs
             visible = oracles.ring_mask(start, count, query.shape[2], key.shape[2], int(a["window"]))
             return [oracles.attention(query, key, value, visible, scale=float(a["scale"]))]
-        case "RollingAttention" | "RollingAttentionInt8":
+        case "RollingAttention" | "RollingAttentionInt8" | "PackedRollingAttention":
             *new, start, count = inputs
+            if case.op == "PackedRollingAttention":
+                H, G = int(a["heads"]), int(a["kv_heads"])
+                new[:1] = np.split(new[0], [H, H + G], axis=2)
             scale, window, interleaved = float(a["scale"]), int(a["window"]), int(a["interleaved"])
             return oracles.rolling_attention(
                 new[:5], new[5:], start, count, scale=scale, window=window, interleaved=interleaved

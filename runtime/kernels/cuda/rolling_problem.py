@@ -21,6 +21,7 @@ class RollingProblem:
 
     window: 0 is full attention. activations: type of query, key, value and result; cos and sin are float32. ring: type
     of both rings; "float8" is e4m3 without a scale. interleaved: pairs 2i, 2i + 1 turn, not i, i + D/2.
+    query_stride, key_stride, value_stride: elements from one token to the next; 0 is as many as a token has.
 
     Raises BackendError for what the kernels do not compute: other types, a head dim that is none of HEAD_DIMS, heads
     that do not share KV heads evenly, and a ring that is too small for window and chunk.
@@ -37,6 +38,9 @@ class RollingProblem:
     interleaved: bool
     activations: str
     ring: str
+    query_stride: int = 0
+    key_stride: int = 0
+    value_stride: int = 0
 
     def __post_init__(self) -> None:
         if self.activations not in ACTIVATION_TYPES or self.ring not in RING_TYPES:
