@@ -10,10 +10,10 @@ import onnx_ir.passes.common as common
 
 from graph_passes.driver_types import Adapted, FusionRecord, Match, RefusalRecord, Rule
 from graph_passes.graph import Refusal, scope, source_line
-from graph_passes.ops.base import declare
+from graph_passes.ops.base import declare_op
 from graph_passes.prove import Proof, prove
 from graph_passes.twin import Twin
-from runtime.errors import FusionError, ProofError
+from runtime.errors import ProofError
 
 _FARTHEST = 60
 """Nodes from the anchor within which the place of a refusal is looked for."""
@@ -73,7 +73,7 @@ def apply_in_step(
 
 def rewrite(model: ir.Model, match: Match, proof: Proof | None) -> FusionRecord:
     """Put the plugin node in the place of the region. Output names and the tracer's metadata stay."""
-    _declare_body(model, match)
+    declare_op(model, match.op, match.attributes, match.place)
     outputs = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in match.outputs]
     name = f"{match.anchor.name}__{match.op.name}"
     made: list[ir.Node] = []
@@ -201,19 +201,3 @@ def _distance(start: ir.Node, end: ir.Node) -> int:
         front = [node for node in dict.fromkeys(near) if node is not None and node not in seen]
         seen.update(front)
     return 0
-
-
-def _declare_body(model: ir.Model, match: Match) -> None:
-    """A bundle holds one body for each op; attributes that the body refers to may differ, the body itself may not."""
-    for function in match.op.functions(match.attributes):
-        present = model.functions.get(function.identifier())
-        if present is not None and _text(present) != _text(function):
-            raise FusionError(
-                f"{match.place}: this node needs another function body of {function.name} than an earlier one, and an "
-                "ONNX file holds one. Layers that differ in this way cannot share a file yet."
-            )
-        declare(model, function)
-
-
-def _text(function: ir.Function) -> str:
-    return str(ir.to_proto(function))

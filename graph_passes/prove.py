@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from graph_passes.driver_types import Adapted, Match, as_fed, shape_of
 from graph_passes.graph import Refusal, dims
-from graph_passes.ops.base import OPSET, declare
+from graph_passes.ops.base import OPSET, declare_op
 from graph_passes.region import IR_VERSION, Region
 from runtime.errors import ProofError
 
@@ -170,6 +170,5 @@ def _alone(match: Match) -> ir.Model:
     nodes.append(match.op.node(fed, match.attributes, outputs))
     graph = ir.Graph(sources, outputs, nodes=nodes, opset_imports={"": OPSET}, name="after")
     model = ir.Model(graph, ir_version=IR_VERSION)
-    for function in match.op.functions(match.attributes):
-        declare(model, function)
+    declare_op(model, match.op, match.attributes, match.place)
     return model

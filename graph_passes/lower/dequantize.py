@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from graph_passes.ops.base import DOMAIN, declare
+from graph_passes.ops.base import DOMAIN, Attributes, PluginOp, declare_op
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.quantized_matmul import QUANTIZED_MATMUL
 from graph_passes.ops.quantized_moe import QUANTIZED_MIXTURE_OF_EXPERTS
@@ -40,7 +40,7 @@ def dequantize_products(model: ir.Model, scale_type: ir.DataType, bind: Bind) ->
             _refuse_zero_points(node, len(node.inputs) > 3 and node.inputs[3] is not None)
             K, N = node.attributes["K"].as_int(), node.attributes["N"].as_int()
             weight = _dequantized(model, node, 1, [N, K], scale_type, bind)
-            _replace(model, node, STORED_MATMUL.name, [node.inputs[0], weight], [])
+            _replace(model, node, STORED_MATMUL, [node.inputs[0], weight], {})
         elif node.op_type == QUANTIZED_MIXTURE_OF_EXPERTS.name:
             _refuse_zero_points(node, bool(node.attributes["zero_points"].as_int()))
             E, I, C = (node.attributes[key].as_int() for key in ("num_experts", "intermediate", "hidden"))
@@ -53,9 +53,6 @@ def dequantize_products(model: ir.Model, scale_type: ir.DataType, bind: Bind) ->
         else:
             continue
         found += 1
-    for op in (STORED_MATMUL, MIXTURE_OF_EXPERTS):
-        if found and any(node.domain == DOMAIN and node.op_type == op.name for node in model.graph):
-            declare(model, op.function({"activation": "silu"} if op is MIXTURE_OF_EXPERTS else {}))
     return found
 
 
@@ -95,12 +92,15 @@ def _dequantized(
 
 
 def _replace(
-    model: ir.Model, node: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: Sequence[ir.Attr]
+    model: ir.Model, node: ir.Node, op: PluginOp, inputs: Sequence[ir.Value | None], attributes: Attributes
 ) -> None:
+    """Without the marks of a plugin node: a plugin would want each dequantised weight in memory."""
     old = node.outputs[0]
     name = old.name
     new = ir.Value(name=name, type=old.type, shape=old.shape)
-    made = ir.Node(DOMAIN, op, inputs, attributes, outputs=[new], name=node.name)
+    made = ir.node(op.name, inputs, attributes, domain=DOMAIN, outputs=[new])
+    made.name = node.name
     made.metadata_props.update(node.metadata_props)
+    declare_op(model, op, attributes, str(node.name))
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], [made], [old], [new])
     new.name = name

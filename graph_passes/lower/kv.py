@@ -10,7 +10,7 @@ from collections.abc import MutableSequence, Sequence
 
 import onnx_ir as ir
 
-from graph_passes.ops.base import DOMAIN, declare
+from graph_passes.ops.base import DOMAIN, declare_op
 from graph_passes.ops.rolling_attention import ROLLING_ATTENTION, ROLLING_ATTENTION_INT8
 from runtime.errors import FusionError
 
@@ -77,8 +77,7 @@ def _with_scales(model: ir.Model, node: ir.Node) -> None:
     made_node = ROLLING_ATTENTION_INT8.node(inputs, attributes, [*outputs, *scales_out])
     made_node.name = node.name
     made_node.metadata_props.update(node.metadata_props)
-    for function in ROLLING_ATTENTION_INT8.functions(attributes):
-        declare(model, function)
+    declare_op(model, ROLLING_ATTENTION_INT8, attributes, str(node.name))
     model.functions.pop(ROLLING_ATTENTION.function(attributes).identifier(), None)
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], [made_node], [attended, *presents], outputs)
     for value, name in zip(outputs, names, strict=True):

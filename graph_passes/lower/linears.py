@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from graph_passes.lower.formats import TYPES, LinearFormat, Quantized, Stored, packed_name, scale_name, zero_name
-from graph_passes.ops.base import DOMAIN, Attributes, PluginOp, declare
+from graph_passes.ops.base import DOMAIN, Attributes, PluginOp, declare_op
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.quantized_matmul import QUANTIZED_MATMUL, blocks, zero_bytes
 from graph_passes.ops.quantized_moe import QUANTIZED_MIXTURE_OF_EXPERTS
@@ -129,14 +129,7 @@ def _replace(
     made = op.node(inputs, attributes, [new])
     made.name = node.name
     made.metadata_props.update(node.metadata_props)
-    for function in op.functions(attributes):
-        present = model.functions.get(function.identifier())
-        if present is not None and str(ir.to_proto(present)) != str(ir.to_proto(function)):
-            raise FusionError(
-                f"{node.name}: this node needs another function body of {function.name} than an earlier one, and an "
-                "ONNX file holds one. Give all layers one format, with zero points or without."
-            )
-        declare(model, function)
+    declare_op(model, op, attributes, str(node.name))
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], [made], [old], [new])
     new.name = name
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from graph_passes.ops.base import DOMAIN, declare
+from graph_passes.ops.base import DOMAIN, declare_op
 from graph_passes.ops.packed_attention import PACKED_ROLLING_ATTENTION
 from graph_passes.ops.rolling_attention import ROLLING_ATTENTION
 
@@ -94,5 +94,4 @@ def _replace(model: ir.Model, packed: _Packed) -> None:
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], [reshape, made], list(node.outputs), outputs)
     for value, known_as in zip(outputs, names, strict=True):
         value.name = known_as
-    for function in PACKED_ROLLING_ATTENTION.functions(attributes):
-        declare(model, function)
+    declare_op(model, PACKED_ROLLING_ATTENTION, attributes, str(node.name))

@@ -17,6 +17,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from graph_passes.graph import Dim
+from runtime.errors import FusionError
 
 DOMAIN = "cierzo"
 VERSION = 1
@@ -93,6 +94,26 @@ def declare(model: ir.Model, function: ir.Function) -> None:
             model.graph.opset_imports[domain] = version
     model.opset_imports[DOMAIN] = VERSION
     model.graph.opset_imports[DOMAIN] = VERSION
+
+
+def declare_op(model: ir.Model, op: PluginOp, attributes: Attributes, place: str) -> None:
+    """Carry the bodies that a node of `op` with these attributes needs; place: which node, for a reader.
+
+    A file holds one body for each op: attributes that the body refers to may differ between nodes, the body itself may
+    not. Raises FusionError where it does.
+    """
+    for function in op.functions(attributes):
+        present = model.functions.get(function.identifier())
+        if present is not None and _text(present) != _text(function):
+            raise FusionError(
+                f"{place}: this node needs another function body of {function.name} than an earlier one, and an ONNX "
+                "file holds one. Layers that differ in this way, as in activations or zero points, cannot share a file."
+            )
+        declare(model, function)
+
+
+def _text(function: ir.Function) -> bytes:
+    return bytes(ir.to_proto(function).SerializeToString(deterministic=True))
 
 
 def static(shape: tuple[Dim, ...], axis: int, otherwise: int) -> int:

@@ -102,11 +102,12 @@ def test_int4_weights_are_filled_into_every_plan_and_int8_is_read_by_all() -> No
         assert {(weight.dtype, weight.role) for weight in scales} == {("F16", role)}
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "mixtral"])
+@pytest.mark.parametrize("model", [("mistral", "silu"), ("mixtral", "silu"), ("mixtral", "relu")], ids=str)
 @pytest.mark.parametrize("kind", ["int4", "int8"])
-def test_quantised_graphs_past_the_window(architecture: str, kind: str) -> None:
+def test_quantised_graphs_past_the_window(model: tuple[str, str], kind: str) -> None:
     options = {"weights": kind, "block_size": 16}
-    case = exported(dtype="bfloat16", architecture=architecture, options=options)
+    architecture, activation = model
+    case = exported(dtype="bfloat16", architecture=architecture, activation=activation, options=options)
     judge = Judge(case, arithmetic="float16")
     judge.hold(lowered_session(case, "float16"), random_rows([19, 7, 5], judge.vocab_size, seed=3), seed=4)
 
