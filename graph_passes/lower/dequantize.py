@@ -48,8 +48,8 @@ def dequantize_products(model: ir.Model, scale_type: ir.DataType, bind: Bind) ->
                 _dequantized(model, node, index, shape, scale_type, bind)
                 for index, shape in ((3, [E, I, C]), (5, [E, I, C]), (7, [E, C, I]))
             ]
-            # Without the marks of a plugin node: a plugin would want each dequantised stack in memory.
-            _replace(model, node, MIXTURE_OF_EXPERTS.name, [*node.inputs[:3], *stacks], [node.attributes["activation"]])
+            activation = {"activation": node.attributes["activation"].as_string()}
+            _replace(model, node, MIXTURE_OF_EXPERTS, [*node.inputs[:3], *stacks], activation)
         else:
             continue
         found += 1
