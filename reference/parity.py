@@ -67,6 +67,16 @@ TOLERANCES: dict[str, Tolerance] = {
             "in bfloat16 throughout, which loses more: the engine's error is mostly below it"
         ),
     ),
+    "float8": Tolerance(
+        eps=2.0**-3,
+        multiple=4.0,
+        floor=1 / 16,
+        ceiling=0.25,
+        reason=(
+            "keys and values are rounded to e4m3, with 3 bits behind the leading one, where they are stored; the "
+            "reference does the same, in the type that the engine computes in"
+        ),
+    ),
     "int8": Tolerance(
         eps=1 / 254,
         multiple=4.0,

@@ -48,7 +48,7 @@ class Rounding:
         if layer.is_moe:
             layer.moe.round_input = self.of(f"{prefix}moe.gate_proj")
             layer.moe.round_gated = self.of(f"{prefix}moe.down_proj")
-        layer.self_attn.round_kv = {"float16": round_half, "int8": round_vectors}.get(self.kv, unrounded)
+        layer.self_attn.round_kv = _STORED[self.kv]
 
 
 def unrounded(x: Tensor) -> Tensor:
@@ -56,9 +56,13 @@ def unrounded(x: Tensor) -> Tensor:
     return x
 
 
-def round_half(x: Tensor) -> Tensor:
-    """To the nearest float16."""
-    return x.to(torch.float16).to(x.dtype)
+def round_through(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """To the nearest number of that type."""
+    return x.to(dtype).to(x.dtype)
+
+
+round_half = partial(round_through, torch.float16)
+"""To the nearest float16."""
 
 
 def round_vectors(x: Tensor) -> Tensor:
@@ -74,6 +78,16 @@ def round_blocks(x: Tensor, block: int) -> Tensor:
     whole = torch.round(padded / torch.where(scale == 0, torch.ones_like(scale), scale))
     rounded: Tensor = (whole * scale).flatten(-2)[..., :columns]
     return rounded
+
+
+_STORED: dict[str, Round] = {
+    "float32": unrounded,
+    "float16": round_half,
+    "bfloat16": partial(round_through, torch.bfloat16),
+    "float8": partial(round_through, torch.float8_e4m3fn),
+    "int8": round_vectors,
+}
+"""By the type of the buffers, what keys and values go through."""
 
 
 def _first(rounded: Round, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

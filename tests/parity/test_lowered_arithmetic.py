@@ -33,3 +33,9 @@ def test_lowered_graphs_past_the_window(model: str, arithmetic: str) -> None:
     judge, session = Judge(case, arithmetic=arithmetic), lowered_session(case, arithmetic)
     rows = random_rows(boundary_lengths(WINDOW, CHUNK)[-4:], judge.vocab_size, seed=1)
     judge.hold(session, rows, seed=2)
+
+
+def test_rings_of_eight_bits() -> None:
+    case = exported(chunk=CHUNK, window=WINDOW, dtype="bfloat16")
+    judge, session = Judge(case, "bfloat16", "float8"), lowered_session(case, "bfloat16", "float8")
+    judge.hold(session, random_rows(boundary_lengths(WINDOW, CHUNK)[-4:], judge.vocab_size, seed=1), seed=2)

@@ -51,14 +51,16 @@ def test_every_row_of_the_table_has_a_reason_and_an_order() -> None:
         assert tolerance.reason, dtype
         assert tolerance.floor * tolerance.eps < tolerance.ceiling, dtype
         assert 1 < tolerance.multiple <= 4, dtype
-    rows = [TOLERANCES[dtype] for dtype in ("float32", "float16", "int8")]
-    assert len(rows) == len(TOLERANCES)
-    for finer, coarser in itertools.pairwise(rows):
-        assert finer.eps < coarser.eps
-        assert finer.floor * finer.eps < coarser.floor * coarser.eps
-        assert finer.ceiling < coarser.ceiling
-    # Half of the largest logit off is another function, whatever was rounded; in float32 a thousandth is.
-    assert (rows[0].ceiling, rows[-1].ceiling) <= (1e-3, 0.5)
+    orders = [("float32", "float16", coarsest) for coarsest in ("bfloat16", "float8", "int8")]
+    assert {dtype for order in orders for dtype in order} == TOLERANCES.keys()
+    for order in orders:
+        rows = [TOLERANCES[dtype] for dtype in order]
+        for finer, coarser in itertools.pairwise(rows):
+            assert finer.eps < coarser.eps
+            assert finer.floor * finer.eps < coarser.floor * coarser.eps
+            assert finer.ceiling < coarser.ceiling
+        # Half of the largest logit off is another function, whatever was rounded; in float32 a thousandth is.
+        assert (rows[0].ceiling, rows[-1].ceiling) <= (1e-3, 0.5)
 
 
 def test_position_errors_find_the_position_and_count_nan_as_infinite() -> None:

@@ -28,6 +28,7 @@ from tests.support.bundles import Exported
 Arrays = dict[str, NDArray[Any]]
 
 RING_TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+RING_TYPES["float8"] = ml_dtypes.float8_e4m3fn
 _ONNX_TYPES = {"F32": 1, "I8": 3, "F16": 10, "BF16": 16, "I4": 22}
 
 
@@ -35,7 +36,7 @@ def lowered_session(case: Exported, arithmetic: str, kv: str | None = None) -> S
     """A session that computes in `arithmetic` with rings of type `kv` (by default the same)."""
     bundle = read_bundle(case.bundle)
     graph = lower_for_engine(bundle, arithmetic, kv or arithmetic)
-    return Session(bundle, LoweredEngine(bundle, graph, kv or arithmetic, "bfloat16" in (arithmetic, kv)))
+    return Session(bundle, LoweredEngine(bundle, graph, arithmetic, kv or arithmetic))
 
 
 def weight_tensor(weight: EngineWeight, bundle: Bundle, orders: Mapping[str, tuple[int, ...]]) -> onnx.TensorProto:
@@ -53,7 +54,6 @@ def with_weights(graph: LoweredGraph, bundle: Bundle) -> onnx.ModelProto:
         assert tuple(extent.dim_value for extent in declared.type.tensor_type.shape.dim) == weight.shape
         model.graph.input.remove(declared)
         model.graph.initializer.append(weight_tensor(weight, bundle, graph.orders))
-    onnx.checker.check_model(model, full_check=True)
     return model
 
 
@@ -64,10 +64,13 @@ class LoweredEngine:
     notes: tuple[str, ...] = ()
     top = None
 
-    def __init__(self, bundle: Bundle, graph: LoweredGraph, kv: str, evaluated: bool) -> None:
+    def __init__(self, bundle: Bundle, graph: LoweredGraph, arithmetic: str, kv: str) -> None:
         self._manifest = bundle.manifest
         self._ring_type = RING_TYPES[kv]
         model = with_weights(graph, bundle)
+        if kv != "float8":  # which GatherElements of opset 24 does not name; engines with such rings have a plugin
+            onnx.checker.check_model(model, full_check=True)
+        evaluated = arithmetic == "bfloat16" or kv in ("bfloat16", "float8")
         self._run = _evaluator(model) if evaluated else _onnxruntime(model)
         self.allocate(1)
 

@@ -99,15 +99,17 @@ class Judge:
     """Truth, reference and transformers for one checkpoint, with the weights that a bundle has and what it rounds.
 
     arithmetic: what the engine computes in. In another type than float32 the reference computes in it throughout.
+    kv: type of its rings, if it is another one than the bundle says.
     """
 
-    def __init__(self, case: Exported, arithmetic: str = "float32") -> None:
+    def __init__(self, case: Exported, arithmetic: str = "float32", kv: str | None = None) -> None:
         checkpoint = case.opened()
         self.vocab_size = checkpoint.config.vocab_size
         held = quantized_reference(read_bundle(case.bundle))
         self._oracle = Oracle(checkpoint, held.weights)
         self._arithmetic = arithmetic
-        self._rounding = held.rounding if arithmetic == "float32" else Rounding()
+        # An engine of another arithmetic multiplies with the weights as they are, and does not round activations.
+        self._rounding = held.rounding if arithmetic == "float32" else Rounding(kv=kv or arithmetic)
         self._transformers = with_weights(load_oracle(case.checkpoint), held.weights)
 
     def truth_and_budget(self, rows: Rows) -> tuple[list[NDArray[np.float64]], Budget]:
@@ -115,8 +117,7 @@ class Judge:
         truth = [logits.numpy() for logits in self._oracle.logits(rows, torch.float64)]
         dtype = ARITHMETIC[self._arithmetic]
         rounded = self._oracle.logits(rows, dtype, rounding=self._rounding)
-        kind = self._rounding.kind if self._arithmetic == "float32" else self._arithmetic
-        return truth, budget(truth, [logits.float().numpy() for logits in rounded], kind)
+        return truth, budget(truth, [logits.float().numpy() for logits in rounded], self._rounding.kind)
 
     def transformers(self, rows: Rows) -> Logits:
         """Logits [T, V] of each row by transformers in float32, each row alone."""
