@@ -65,7 +65,7 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
     pack_attention(model)
     weights = _Weights(model)
     dequantize_products(model, ARITHMETIC[arithmetic], weights.bind)
-    weights.detach_all(ARITHMETIC[arithmetic])
+    weights.detach_all()
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return LoweredGraph(ir.to_proto(model).SerializeToString(deterministic=True), weights.made(), weights.orders)
@@ -108,7 +108,7 @@ class _Weights:
         assert expression is not None, value.name
         return self._input(value, expression, dtype, shape, REFIT if fuses else INPUT)
 
-    def detach_all(self, arithmetic: ir.DataType) -> None:
+    def detach_all(self) -> None:
         """Every weight that is still read by a node becomes an input, of the type that the node computes in."""
         known: dict[ir.Value, Expression | None] = {}
         for node in list(self._model.graph):
@@ -123,7 +123,8 @@ class _Weights:
                 assert value.shape is not None
                 assert value.dtype is not None
                 computes = node.domain == DOMAIN and index in _WEIGHTS_OF.get(node.op_type, ())
-                dtype = arithmetic if computes else value.dtype
+                dtype = node.inputs[0].dtype if computes and node.inputs[0] is not None else value.dtype
+                assert dtype is not None
                 made = self._input(value, expression, dtype, value.shape.numpy(), INPUT)
                 node.replace_input_with(index, made)
 

@@ -1,7 +1,7 @@
 """Gives the products of a model another type, bfloat16 or float16, for engines that compute in it.
 
 Only what takes time is computed in that type: linear layers, attention, experts. The rest stays float32: norms,
-activations, rotary tables, the router's softmax, the residual stream and the logits. It is little work, engines fuse
+activations, rotary tables, the router, the residual stream and the logits. It is little work, engines fuse
 it into one pass with the casts around it, and its rounding errors would add up from layer to layer.
 
 Every value has the type that its maker gives it, and a reader that wants another one reads it through a Cast. Shapes
@@ -62,13 +62,13 @@ def lower_arithmetic(model: ir.Model, arithmetic: str, kv: str) -> None:
     for node in list(model.graph):
         if node.inputs and all(v is None or v.is_initializer() or v in constants for v in node.inputs):
             constants.update(node.outputs)  # it makes a weight out of stored ones
-        elif node.domain == DOMAIN and node.op_type in _NARROW_INPUTS:
+        elif node.domain == DOMAIN and node.op_type in _NARROW_INPUTS and not _is_router(node):
             for index in _NARROW_INPUTS[node.op_type]:
                 _read_as(model, node, index, narrow, casts)
             _give(node.outputs[0], narrow)
             for ring in node.outputs[1:]:
                 _give(ring, RINGS[kv])
-        elif node.domain == DOMAIN and node.op_type in _WIDE_OPS:
+        elif node.domain == DOMAIN and (node.op_type in _WIDE_OPS or _is_router(node)):
             _all_wide(model, node, casts)
         elif node.domain == DOMAIN:
             raise FusionError(
@@ -91,6 +91,12 @@ def _is(node: ir.Node | None, op: str) -> bool:
     return node is not None and (node.domain, node.op_type) == (DOMAIN, op)
 
 
+def _is_router(node: ir.Node) -> bool:
+    """Whether a product makes router logits: few of them, and a rounded one may send a token to another expert."""
+    readers = [use.node for use in node.outputs[0].uses()]
+    return _is(node, STORED_MATMUL.name) and bool(readers) and all(_is(reader, MOE_GATE.name) for reader in readers)
+
+
 def _give(value: ir.Value, dtype: ir.DataType | None) -> None:
     assert dtype is not None
     if value.dtype != dtype:
@@ -99,7 +105,7 @@ def _give(value: ir.Value, dtype: ir.DataType | None) -> None:
 
 def _all_wide(model: ir.Model, node: ir.Node, casts: dict[tuple[ir.Value, ir.DataType], ir.Value]) -> None:
     for index, value in enumerate(node.inputs):
-        if value is not None and value.dtype in _FLOATS:
+        if value is not None and value.dtype in _FLOATS and not (index == 1 and _is_router(node)):
             _read_as(model, node, index, ir.DataType.FLOAT, casts)
     # What it gives out was float32, an integer or a boolean before, and is so still.
 
