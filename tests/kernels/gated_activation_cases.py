@@ -12,7 +12,7 @@ import pytest
 
 from graph_passes.ops.gated_activation import GATED_ACTIVATION
 from reference.parity import budget, position_errors
-from tests.support.experts import ACTIVATIONS
+from tests.support.activations import ACTIVATIONS
 from tests.support.kernels import Node, main
 
 Floats = npt.NDArray[np.float32]

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pytest
 
 from reference.parity import budget, position_errors
-from tests.support.experts import ACTIVATIONS, Case, Routing, counted, every_case, route, run
+from tests.support.activations import ACTIVATIONS
+from tests.support.experts import Case, Routing, counted, every_case, route, run
 from tests.support.kernels import Array, main
 
 Real = TypeVar("Real", bound=np.floating)

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.support.experts import ACTIVATIONS, Case, Routing, Wide, counted, every_case, route, run
+from tests.support.activations import ACTIVATIONS
+from tests.support.experts import Case, Routing, Wide, counted, every_case, route, run
 from tests.support.kernels import Array, main
 
 OP = "QuantizedMixtureOfExperts"

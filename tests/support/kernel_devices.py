@@ -1,6 +1,6 @@
 """Where a case of a kernel's test runs: the CPU, or a GPU. Cases are written once against `Device`.
 
-Buffers are poisoned and guarded: before and after each lie bytes that no kernel may change, looked at on every download.
+Buffers are poisoned and guarded: before and after each lie bytes that no kernel may change, checked at every download.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtime.kernels.cuda.device_launcher import DeviceLauncher, checked, load_driver
 from runtime.kernels.cuda.launch import DeviceLimits, Launcher
 from tests.support.cuda_cpu import LIMITS, CpuLauncher
 
@@ -99,3 +100,65 @@ class CpuDevice:
         aligned = memory[skip : skip + frame.size]
         aligned[:] = frame
         return Buffer(aligned.ctypes.data + GUARD_BYTES, shape, dtype, aligned)
+
+
+class GpuDevice:
+    """A GPU of this machine, in its primary context, on a stream of its own.
+
+    Raises BackendError if there is none.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self._driver = load_driver()
+        self._call("start", self._driver.cuInit(0))
+        device = self._call("be opened", self._driver.cuDeviceGet(ordinal))
+        self._call(
+            "be used", self._driver.cuCtxSetCurrent(self._call("open", self._driver.cuDevicePrimaryCtxRetain(device)))
+        )
+        # One that waits for the default stream and is waited for by it: copies to and from the host use that one.
+        self.stream = int(self._call("make a stream", self._driver.cuStreamCreate(0)))
+        self._launcher = DeviceLauncher(self.stream, driver=self._driver)
+
+    @property
+    def launcher(self) -> DeviceLauncher:
+        return self._launcher
+
+    def upload(self, array: Array) -> Buffer:
+        return self._buffer(array.tobytes(), array.shape, array.dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Buffer:
+        count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        return self._buffer(bytes([POISON]) * count, shape, np.dtype(dtype))
+
+    def download(self, buffer: Buffer) -> Array:
+        self.synchronize()
+        frame = np.empty(buffer.allocation.nbytes, np.uint8)
+        copied = self._driver.cuMemcpyDtoH(frame.ctypes.data, buffer.allocation.address, frame.nbytes)
+        self._call("copy to the host", copied)
+        return _content(frame, buffer)
+
+    def synchronize(self) -> None:
+        """Waits for all launches."""
+        self._call("finish what was launched", self._driver.cuStreamSynchronize(self.stream))
+
+    def _buffer(self, content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
+        frame = _framed(content)
+        address = int(self._call("allocate", self._driver.cuMemAlloc(frame.nbytes)))
+        allocation = _GpuMemory(self._driver, address, frame.nbytes)
+        self._call("copy from the host", self._driver.cuMemcpyHtoD(address, frame.ctypes.data, frame.nbytes))
+        return Buffer(address + GUARD_BYTES, shape, dtype, allocation)
+
+    def _call(self, what: str, answer: tuple[Any, ...]) -> Any:
+        return checked(self._driver, what, answer)
+
+
+@dataclass(frozen=True)
+class _GpuMemory:
+    """Freed with the last buffer that holds it; the driver waits for launches that use it."""
+
+    driver: Any
+    address: int
+    nbytes: int
+
+    def __del__(self) -> None:
+        self.driver.cuMemFree(self.address)

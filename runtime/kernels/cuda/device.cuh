@@ -76,6 +76,8 @@ DEVICE float shuffle(float x, u32 from) { return __shfl_sync(0xffffffffu, x, fro
 DEVICE u32 shuffle(u32 x, u32 from) { return __shfl_sync(0xffffffffu, x, from); }
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 DEVICE u32 atomic_add(u32* where, u32 x) { return atomicAdd(where, x); }  // returns what was there
+// Writes `to` where `from` stands; returns what was there.
+DEVICE u64 compare_and_swap(u64* where, u64 from, u64 to) { return atomicCAS(where, from, to); }
 DEVICE void memory_fence() { __threadfence(); }  // writes before it are seen by whoever sees writes after it
 
 // -- memory ----------------------------------------------------------------------------------------------------------
@@ -156,11 +158,34 @@ DEVICE float to_float(Float8 x) {
     small.bits = u16((u32(x.bits & 0x80) << 8) | (magnitude << 7));
     return magnitude == 0x7f ? bits_float(0x7fc00000u) : to_float(small) * 256.0f;
 }
+// The two e4m3 in the low 16 bits, each as a 16-bit T, which holds all of them.
+#if !defined(CIERZO_ON_CPU) && __CUDA_ARCH__ >= 890
+template <typename T> DEVICE u32 widen_two(u32 two);
+template <> DEVICE u32 widen_two<Float16>(u32 two) {
+    u32 r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(u16(two)));
+    return r;
+}
+template <> DEVICE u32 widen_two<BFloat16>(u32 two) {
+    const u32 halves = widen_two<Float16>(two);
+    Float16 low, high;
+    low.bits = u16(halves);
+    high.bits = u16(halves >> 16);
+    return pack_two<BFloat16>(to_float(low), to_float(high));
+}
+#else
+template <typename T> DEVICE u32 widen_two(u32 two) {
+    Float8 low, high;
+    low.bits = u8(two);
+    high.bits = u8(two >> 8);
+    return pack_two<T>(to_float(low), to_float(high));
+}
+#endif
 // Rounds to nearest, ties to even. Beyond 448, the largest, it is NaN and not the largest: nothing is clipped unseen.
 template <> DEVICE Float8 from_float<Float8>(float x) {
     const u32 sign = (float_bits(x) >> 24) & 0x80, magnitude = float_bits(x) & 0x7fffffffu;
     Float8 y;
-    if (!(bits_float(magnitude) < 464.0f)) {  // 464 lies half-way to where 480 would be, and the tie goes there
+    if (!(bits_float(magnitude) <= 464.0f)) {  // 464 lies half-way to where 480 would be, and the tie goes to 448
         y.bits = u8(sign | 0x7f);
     } else if (magnitude < 0x3c800000u) {  // below 2^-6 the step is 2^-9: let float's own addition round to it
         y.bits = u8(sign | (float_bits(bits_float(magnitude) + 16384.0f) - 0x46800000u));

@@ -1,6 +1,6 @@
 // Few tokens: dot products of the chosen experts' rows, each loaded once for all tokens that chose the expert.
 #pragma once
-#include "vectors.cuh"
+#include "moe_matrix.cuh"
 
 constexpr u32 NOT_CHOSEN = 0xff;  // in place of an assignment n·K + k, of which there are at most 128
 constexpr u32 MOST_ASSIGNMENTS = 128;
@@ -18,38 +18,31 @@ DEVICE Vector16 nothing_16() {
     return v;
 }
 
-// sum[n][r] += row r of a matrix · row n of x, over the vectors `first`, `first` + `step`, ... below `vectors`, for the
-// tokens n whose bit is set. The order of additions depends on `vectors` and `step` alone. UNROLL × ROWS loads of the
-// matrix are under way before the first is used.
-template <typename T, int TOKENS, int ROWS, int UNROLL>
-DEVICE void add_products(float (&sum)[TOKENS][ROWS], const T* const (&row)[ROWS], const T* const (&x)[TOKENS],
-                         u32 tokens, u32 first, u32 step, u32 vectors) {
-    for (u32 at = first; at < vectors; at += UNROLL * step) {
-        Vector16 loaded[UNROLL][ROWS];
+// 16 bytes of each of several rows at a time, on their way from global memory through shared memory to the thread that
+// asked for them, PIPE - 1 steps ahead of their use. Loads into registers would do, but ptxas puts them off until just
+// before their use, where it saves registers, and then a thread waits for them one by one.
+constexpr u32 PIPE = 4;
+
+template <int Rows, u32 Threads> struct Pipe {
+    u8* slots;  // PIPE · Rows · Threads · 16 bytes of shared memory, each thread's own
+    u32 filling, emptying;
+
+    DEVICE explicit Pipe(u8* slots) : slots(slots + thread_x() * 16), filling(0), emptying(0) {}
+
+    // `piece` counts 16 bytes; where it is not below `pieces` zeros come.
+    DEVICE void fill(const u8* const (&from)[Rows], u32 piece, u32 pieces) {
+        const bool inside = piece < pieces;
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                loaded[u][r] = at + u * step < vectors ? load_16_once(row[r] + 8 * u64(at + u * step)) : nothing_16();
-#pragma unroll
-        for (int n = 0; n < TOKENS; n++) {
-            if (TOKENS > 1 && !(tokens >> n & 1)) continue;
-            Vector16 beside[UNROLL];
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++)
-                beside[u] = at + u * step < vectors ? load_16(x[n] + 8 * u64(at + u * step)) : nothing_16();
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                float wide[8];
-                widen<T>(wide, beside[u]);
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    float weights[8];
-                    widen<T>(weights, loaded[u][r]);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) sum[n][r] = multiply_add(weights[i], wide[i], sum[n][r]);
-                }
-            }
-        }
+        for (int r = 0; r < Rows; r++)
+            copy_async_16(slots + (filling * Rows + r) * (Threads * 16), from[r] + (inside ? 16 * u64(piece) : 0), inside);
+        copy_async_commit();
+        filling = filling + 1 == PIPE ? 0 : filling + 1;
     }
-}
+    DEVICE void empty(Vector16 (&rows)[Rows]) {
+        copy_async_wait<PIPE - 2>();
+#pragma unroll
+        for (int r = 0; r < Rows; r++)
+            rows[r] = *reinterpret_cast<const Vector16*>(slots + (emptying * Rows + r) * (Threads * 16));
+        emptying = emptying + 1 == PIPE ? 0 : emptying + 1;
+    }
+};

@@ -3,7 +3,6 @@
 // A block has ROWS rows of all experts that were chosen. SPLIT of its warps share an expert's rows, and as many experts
 // are under way as there are such groups; which group has an expert does not change its numbers. Products meet in
 // shared memory and are added there, first over the warps of a split and then over k, each in order.
-#include "moe_decode.cuh"
 
 #ifndef ELEMENT
 #define ELEMENT BFloat16
@@ -11,18 +10,22 @@
 #define SPLIT 8   // 1, 2, 4, 8: decided by I alone
 #endif
 
-constexpr int ROWS = 4, WARPS = 8, GROUPS = WARPS / SPLIT;
+#include "moe_matrix.cuh"
+#include "moe_products.cuh"
+
+constexpr int ROWS = 4, WARPS = 8, GROUPS = WARPS / SPLIT;  // ROWS divide C
+constexpr u32 SLOT_BYTES = PIPE * ROWS * 32 * WARPS * 16;
 
 struct DecodeDownParams {
     const ELEMENT* hidden;  // [N, K, I]
     const float* weight;    // [N, K]
     const i64* expert;      // [N, K]
-    const ELEMENT* down;    // [E, C, I]
+    Matrix down;            // [E, C, I]
     ELEMENT* y;             // [N, C]
-    u32 tokens, top_k, experts, hidden_size, intermediate;
+    u32 tokens, top_k, experts, hidden_size, intermediate, block;
 };
 
-// In shared memory, before the products [N, K, ROWS, SPLIT]. As many bytes as the launcher counts on.
+// In shared memory, behind the slots and before the products [N, K, ROWS, SPLIT]. As many bytes as the launcher counts on.
 struct Choice {
     int expert[MOST_ASSIGNMENTS];         // -1: nothing to read
     u32 first[MOST_ASSIGNMENTS];          // whether no token before it chose the same expert
@@ -51,8 +54,8 @@ DEVICE void find_choice(Choice& choice, const DecodeDownParams& params) {
 
 CIERZO_KERNEL(moe_decode_down, DecodeDownParams, 32 * WARPS) {
     CIERZO_SHARED(memory);
-    Choice& choice = *reinterpret_cast<Choice*>(memory);
-    float* product = reinterpret_cast<float*>(memory + sizeof(Choice));  // [N, K, ROWS, SPLIT]
+    Choice& choice = *reinterpret_cast<Choice*>(memory + SLOT_BYTES);
+    float* product = reinterpret_cast<float*>(memory + SLOT_BYTES + sizeof(Choice));  // [N, K, ROWS, SPLIT]
     const u32 K = params.top_k, C = params.hidden_size, I = params.intermediate, assignments = params.tokens * K;
     const u32 group = warp() / SPLIT, part = warp() % SPLIT, first_row = block_x() * ROWS;
     for (u32 i = thread_x(); i < assignments * ROWS * SPLIT; i += 32 * WARPS) product[i] = bits_float(0x7fc00000u);
@@ -62,21 +65,20 @@ CIERZO_KERNEL(moe_decode_down, DecodeDownParams, 32 * WARPS) {
     for (u32 assignment = 0; assignment < assignments; assignment++) {
         if (!choice.first[assignment] || turn++ % GROUPS != group) continue;
         const u8* place = choice.place[assignment];
-        const ELEMENT* row[ROWS];
+        Row row[ROWS];
         const ELEMENT* x[TOKENS];
         u32 tokens = 0;
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const u32 c = first_row + r < C ? first_row + r : C - 1;
-            row[r] = params.down + (i64(choice.expert[assignment]) * C + c) * I;
-        }
+        for (int r = 0; r < ROWS; r++)
+            row[r] = row_of(params.down, u64(choice.expert[assignment]) * C + first_row + r, I, params.block);
 #pragma unroll
         for (int n = 0; n < TOKENS; n++) {
             tokens |= place[n] == NOT_CHOSEN ? 0u : 1u << n;
             x[n] = params.hidden + i64(place[n]) * I;
         }
         float sum[TOKENS][ROWS] = {};
-        add_products<ELEMENT, TOKENS, ROWS, 2>(sum, row, x, tokens, part * 32 + lane(), SPLIT * 32, I / 8);
+        add_products<TOKENS, ROWS, 32 * WARPS>(sum, row, x, tokens, part * 32 + lane(), SPLIT * 32, I, params.block,
+                                               memory);
 #pragma unroll
         for (int n = 0; n < TOKENS; n++) {
             if (TOKENS > 1 && !(tokens >> n & 1)) continue;
@@ -89,7 +91,7 @@ CIERZO_KERNEL(moe_decode_down, DecodeDownParams, 32 * WARPS) {
     }
     block_sync();
     const u32 n = thread_x() / ROWS, r = thread_x() % ROWS;
-    if (n >= params.tokens || first_row + r >= C) return;
+    if (n >= params.tokens) return;
     float y = 0.0f;
     for (u32 k = 0; k < K; k++) {
         const float weight = params.weight[n * K + k];

@@ -2,7 +2,7 @@
 //
 // A warp has one token; lane l holds the logits of experts l, l + 32, ... In each of K rounds the best that is left is
 // found by its order key, so that a NaN takes no part in comparisons; the weights see it all the same.
-#include "device.cuh"
+#include "order.cuh"
 
 #ifndef PER_LANE
 #define PER_LANE 1  // ⌈E / 32⌉
@@ -16,12 +16,8 @@ struct GateParams {
     u32 experts, top_k;
 };
 
-// Orders as the floats do; 0 and -0 are alike, NaN is below all. 0 is free for what must not be taken.
-DEVICE u32 order_key(float x) {
-    const u32 bits = float_bits(x + 0.0f);
-    const u32 key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return x == x ? key : 1u;
-}
+// NaN is below all numbers. 0 is free for what must not be taken.
+DEVICE u32 order_key(float x) { return x == x ? ordered_bits(x) : 1u; }
 
 CIERZO_KERNEL(moe_gate, GateParams, 128) {
     const i64 token = i64(block_x()) * 4 + warp();

@@ -2,14 +2,13 @@
 #pragma once
 
 #include <signal.h>
-#include <ucontext.h>
 
 namespace on_cpu {
 
 inline const void* faulting_instruction(void* context) {
     const ucontext_t* const at = static_cast<const ucontext_t*>(context);
 #if defined(__linux__) && defined(__x86_64__)
-    return reinterpret_cast<const void*>(at->uc_mcontext.gregs[16]);  // REG_RIP
+    return reinterpret_cast<const void*>(at->uc_mcontext.gregs[REG_RIP]);
 #elif defined(__linux__) && defined(__aarch64__)
     return reinterpret_cast<const void*>(at->uc_mcontext.pc);
 #else
@@ -50,7 +49,7 @@ public:
         sigaltstack(&own, &stack_before);
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // a handler that is abandoned must leave no mask behind
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // an abandoned handler leaves no mask
         for (int i = 0; i < 5; i++) sigaction(numbers[i], &action, &before[i]);
     }
     ~Faults() {

@@ -118,9 +118,9 @@ struct Stacks {
     void* start(u32 which, void (*entry)()) {
         u64* top = reinterpret_cast<u64*>(stacks[which].first + stacks[which].bytes);
 #if defined(__x86_64__)
-        top -= 2;  // as a call leaves it: 8 bytes off a multiple of 16 once the return address is taken
-        *--top = 0;
+        top -= 2;  // as a call leaves it: a return address 8 bytes off a multiple of 16, once `ret` took entry's
         top[0] = u64(reinterpret_cast<uintptr_t>(entry));
+        top[1] = 0;
         top -= 6;
         memset(top, 0, 6 * sizeof(u64));
 #else

@@ -13,7 +13,8 @@ inline bool is_shared(const void* p) {
 inline void need_global(const char* what, const void* p, Site site) {
     note(what, site);
     if (reinterpret_cast<uintptr_t>(p) % 16) fail("%p is not aligned to 16 bytes", p);
-    if (is_shared(p)) fail("byte %lld of shared memory where global memory belongs", i64(static_cast<const u8*>(p) - block.shared));
+    const i64 offset = static_cast<const u8*>(p) - block.shared;
+    if (is_shared(p)) fail("byte %lld of shared memory where global memory belongs", offset);
 }
 
 inline void need_shared(const char* what, const void* p, Site site) {
@@ -73,6 +74,11 @@ template <int pending> inline void copy_async_wait(ON_CPU_SITE) {
 inline u32 atomic_add(u32* where, u32 x) {  // blocks run one after the other, and a thread until it waits
     const u32 before = *where;
     *where += x;
+    return before;
+}
+inline u64 compare_and_swap(u64* where, u64 from, u64 to) {
+    const u64 before = *where;
+    if (before == from) *where = to;
     return before;
 }
 inline void memory_fence() {}

@@ -1,6 +1,8 @@
 // What the 32 lanes of a warp do together: shuffles, votes, tensor cores.
 #pragma once
 
+#include <fenv.h>
+
 inline u32 thread_x() { return on_cpu::block.running; }
 inline u32 block_x() { return on_cpu::block.index[0]; }
 inline u32 block_y() { return on_cpu::block.index[1]; }
@@ -60,7 +62,32 @@ template <typename T> inline float half_of(u32 word, u32 which) {
     return to_float(element);
 }
 
-// Sums in float, element by element in order of k: no worse and no better than what tensor cores do within a step.
+// d += a · b, each sum in order of k. Tensor cores cut addends off where their sum's last bit stands (Fasi et al. 2021,
+// "Numerical behavior of NVIDIA tensor cores"); so does this, towards zero, as often as the worst of them.
+typedef const float Left[16][16], Right[16][8];
+__attribute__((noinline)) inline void add_products(Left& a, Right& b, float (&d)[16][8]) {
+    for (u32 row = 0; row < 16; row++) {
+        Row8 sum, column;
+        memcpy(&sum, d[row], sizeof sum);
+        for (u32 k = 0; k < 16; k++) {
+            memcpy(&column, b[k], sizeof column);
+            sum += a[row][k] * column;
+        }
+        memcpy(d[row], &sum, sizeof sum);
+    }
+}
+__attribute__((noinline)) inline void add_products_cut(Left& a, Right& b, float (&d)[16][8]) {
+    float nearest[16][8];
+    memcpy(nearest, d, sizeof nearest);
+    add_products(a, b, nearest);
+    const int rounding = fegetround();
+    fesetround(FE_TOWARDZERO);
+    add_products(a, b, d);
+    fesetround(rounding);
+    for (u32 i = 0; i < 128; i++)  // towards zero nothing would become infinite
+        if (!isfinite(nearest[i / 8][i % 8])) d[i / 8][i % 8] = nearest[i / 8][i % 8];
+}
+
 template <typename T> inline void mma_together(void* const (&lanes)[32]) {
     float a_16x16[16][16], b_16x8[16][8], d_16x8[16][8];
     for (u32 i = 0; i < 32; i++) {
@@ -73,15 +100,7 @@ template <typename T> inline void mma_together(void* const (&lanes)[32]) {
             for (u32 r = 0; r < 2; r++) d_16x8[g + 8 * r][2 * t + e] = operands.d[2 * r + e];
         }
     }
-    for (u32 row = 0; row < 16; row++) {
-        Row8 sum, column;
-        memcpy(&sum, d_16x8[row], sizeof sum);
-        for (u32 k = 0; k < 16; k++) {
-            memcpy(&column, b_16x8[k], sizeof column);
-            sum += a_16x16[row][k] * column;
-        }
-        memcpy(d_16x8[row], &sum, sizeof sum);
-    }
+    add_products_cut(a_16x16, b_16x8, d_16x8);
     for (u32 i = 0; i < 32; i++) {
         const MmaOperands& operands = *static_cast<const MmaOperands*>(lanes[i]);
         for (u32 r = 0; r < 4; r++) operands.d[r] = d_16x8[i / 4 + 8 * (r >> 1)][2 * (i % 4) + (r & 1)];
