@@ -35,7 +35,8 @@ DEVICE float relu2(float x) { return relu(x) * relu(x); }
 DEVICE float gelu(float x) {
     const float size = x < 0.0f ? -x : x;
     const float tail = complementary_error(0.70710678118654752f * size);  // twice the chance of being further out
-    return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
+    // As multiply_add, lest a compiler merges the tail's own product into the difference, here and not there.
+    return 0.5f * x * (x < 0.0f ? tail : multiply_add(-1.0f, tail, 2.0f));
 }
 // (1 + tanh(u)) / 2 is the logistic function of 2u.
 DEVICE float gelu_tanh(float x) {

@@ -1,9 +1,14 @@
-"""MixtureOfExperts for many tokens: sorted by expert, multiplied on tensor cores, added up again."""
+"""MixtureOfExperts for many tokens: sorted by expert, multiplied on tensor cores, added up again.
+
+Very many go one slice after the other, through the same workspace. A slice is large enough that reading the matrices
+once for each is little beside its products, and a row's bits do not depend on the slice that it is in.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from runtime.kernels.cuda.launch import DeviceLimits, Kernel, Launcher
 from runtime.kernels.cuda.mixture_decode import GATE_PARTS, UP_PARTS
@@ -15,6 +20,9 @@ _TILE_WEIGHTS = 128
 _DEPTH = 32
 _TOGETHER = 16
 _ALIGNMENT = 256
+MOST_WORKSPACE = 256 << 20
+"""Bytes, unless the least slice needs more."""
+_LEAST_SLICE = 1024
 _NO_MATRIX = (None, None, None)
 
 
@@ -64,18 +72,51 @@ def _places(problem: MixtureProblem) -> _Places:
     return _Places(*starts)
 
 
+def _most_of_slice(problem: MixtureProblem) -> int:
+    """Tokens for which MOST_WORKSPACE bytes are enough."""
+    of_token = problem.experts * 4 + problem.top_k * (problem.intermediate * 2 + problem.hidden * 4)
+    return max(_LEAST_SLICE, (MOST_WORKSPACE - problem.experts * 4 - 4 * _ALIGNMENT) // of_token)
+
+
+def _slice_sizes(problem: MixtureProblem) -> list[int]:
+    """Of how many tokens each slice is: alike, but for the last one."""
+    slices = -(-problem.tokens // _most_of_slice(problem))
+    each = -(-problem.tokens // slices)
+    return [min(each, problem.tokens - begin) for begin in range(0, problem.tokens, each)]
+
+
+def _slices(problem: MixtureProblem, tensors: MixtureTensors) -> Iterator[tuple[MixtureProblem, MixtureTensors]]:
+    begin = 0
+    for tokens in _slice_sizes(problem):
+        chosen, row = begin * problem.top_k, begin * problem.hidden * 2
+        yield (
+            replace(problem, tokens=tokens),
+            replace(
+                tensors,
+                x=tensors.x + row,
+                weight=tensors.weight + 4 * chosen,
+                expert=tensors.expert + 8 * chosen,
+                y=tensors.y + row,
+            ),
+        )
+        begin += tokens
+
+
 def prefill_workspace_bytes(problem: MixtureProblem) -> int:
-    """Lists int32 [E, N] with their lengths [E], hidden [N, K, I], products float32 [N, K, C].
+    """For a slice of n of the N tokens: lists int32 [E, n] with their lengths [E], hidden [n, K, I], products float32
+    [n, K, C].
 
     Products are not rounded to the type of y before they are added: their traffic is small beside the weights', and
     the sum of K rounded ones would be off by K roundings.
     """
-    return _places(problem).end
+    return _places(replace(problem, tokens=min(problem.tokens, _most_of_slice(problem)))).end
 
 
-def prefill_kernels(problem: MixtureProblem, limits: DeviceLimits) -> tuple[Kernel, Kernel, Kernel, Kernel]:
-    """What `launch_prefill` launches, in order."""
-    return _kernels(problem, limits, _tile(problem))
+def prefill_kernels(problem: MixtureProblem, limits: DeviceLimits) -> tuple[Kernel, ...]:
+    """What `launch_prefill` launches, in order, each once."""
+    sizes = _slice_sizes(problem)
+    kernels = (_kernels(problem, limits, _tile(replace(problem, tokens=tokens))) for tokens in sizes)
+    return tuple(dict.fromkeys(kernel for each in kernels for kernel in each))
 
 
 def every_prefill_kernel(problem: MixtureProblem, limits: DeviceLimits) -> tuple[Kernel, ...]:
@@ -120,7 +161,13 @@ def _stages(problem: MixtureProblem, limits: DeviceLimits, tile: int) -> int:
 
 
 def launch_prefill(launcher: Launcher, problem: MixtureProblem, tensors: MixtureTensors) -> None:
-    """Four launches, whose grids are those of the worst routing: blocks without work leave at once."""
+    """Four launches for each slice."""
+    for part, parts_tensors in _slices(problem, tensors):
+        _launch_slice(launcher, part, parts_tensors)
+
+
+def _launch_slice(launcher: Launcher, problem: MixtureProblem, tensors: MixtureTensors) -> None:
+    """The grids are those of the worst routing: blocks without work leave at once."""
     tile = _tile(problem)
     places = _places(problem)
     lists, counts, hidden, product = (

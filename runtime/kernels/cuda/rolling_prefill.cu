@@ -22,7 +22,7 @@ DEVICE void gather_rows(u8* results, const Rows& rows) {
     for (u32 m = 0; m < ROW_BLOCKS; m++)
 #pragma unroll
         for (u32 h = 0; h < 2; h++) {
-            const float inverse = reciprocal(rows.total[m][2 * h]);
+            const float inverse = reciprocal(rows.total[m][h]);
             u8* const to = results + (first + 16 * m + 8 * h + g) * ROW_BYTES + 4 * t;
 #pragma unroll
             for (u32 n = 0; n < DIM_BLOCKS; n++)
@@ -67,13 +67,15 @@ CIERZO_KERNEL(rolling_prefill, RollingPrefillParams, THREADS) {
     Rows rows;
 #pragma unroll
     for (u32 m = 0; m < ROW_BLOCKS; m++) {
-        rows.top[m][0] = rows.top[m][1] = least();
 #pragma unroll
-        for (u32 e = 0; e < 4; e++) {
-            rows.total[m][e] = 0.0f;
-#pragma unroll
-            for (u32 n = 0; n < DIM_BLOCKS; n++) rows.sum[m][n][e] = 0.0f;
+        for (u32 h = 0; h < 2; h++) {
+            rows.top[m][h] = least();
+            rows.total[m][h] = 0.0f;
         }
+#pragma unroll
+        for (u32 n = 0; n < DIM_BLOCKS; n++)
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) rows.sum[m][n][e] = 0.0f;
     }
     // Positions of the warp's first and last valid row. (A warp without any may do what it likes.)
     const u32 first_row = warp() * WARP_ROWS, last_row = min(first_row + WARP_ROWS, tile.valid_rows) - 1;

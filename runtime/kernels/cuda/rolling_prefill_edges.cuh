@@ -31,7 +31,7 @@ DEVICE void mark_seen_faults(u8* results, const RollingPrefillParams& params, co
     for (u32 position = range.first; position < range.end; position++) {
         const RING* const value = params.value_ring + i64(range.ring_row(position, params.slots)) * HEAD_DIM;
         for (u32 d = lane(); d < HEAD_DIM; d += 32) {
-            const float x = to_float(value[d]);
+            const float x = to_float(from_float<ACTIVATION>(to_float(value[d])));
             if (x - x == 0.0f) continue;
             for (u32 r = first; r < first + WARP_ROWS; r++)
                 if (range.query + (r >> params.heads_shift) - position < params.window)

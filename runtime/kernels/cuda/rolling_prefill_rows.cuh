@@ -1,10 +1,11 @@
 // A warp's query rows against one tile of keys and values: scores, softmax as it goes (Milakov and Gimelshein 2018,
 // arXiv:1805.02867), weighted sums of values (Dao 2023, arXiv:2307.08691).
 //
-// Weights are rounded to the activation type, as tensor cores need it, and a row's total is the sum of the rounded ones,
-// by the tensor cores too: what rounding does to a weight it then does to both, and values that are all alike come out
-// as they are. A row's weights are relative to 2^top, which follows the highest score so far only when that is more than
-// 2^SLACK above: nearly all tiles then leave the sums as they are. All of it depends on the row's own scores alone.
+// Weights are rounded to the activation type, as tensor cores need it, and a row's total is the sum of the rounded
+// ones, by the tensor cores too: what rounding does to a weight it then does to both, and values that are all alike
+// come out as they are. A row's weights are relative to 2^top, which follows the highest score so far only when that is
+// more than 2^SLACK above: nearly all tiles then leave the sums as they are. All of it depends on the row's own scores
+// alone.
 #pragma once
 #include "rolling_prefill_tiles.cuh"
 
@@ -15,13 +16,13 @@ constexpr bool HALF = Same<ACTIVATION, Float16>::value;
 // Float16 ends at 2^-24: its weights lie between 2^-30 of the highest and 2^14.
 constexpr float LIFT = HALF ? 6.0f : 0.0f;
 constexpr u32 ONE = HALF ? 0x3c00u : 0x3f80u, EXPONENT = HALF ? 0x7c00u : 0x7f80u;
-constexpr u32 KEY_BLOCKS = KEY_TILE / 8, DIM_BLOCKS = HEAD_DIM / 8, KEY_STEPS = KEY_TILE / 16, DIM_STEPS = HEAD_DIM / 16;
+constexpr u32 KEY_BLOCKS = KEY_TILE / 8, KEY_STEPS = KEY_TILE / 16;
+constexpr u32 DIM_BLOCKS = HEAD_DIM / 8, DIM_STEPS = HEAD_DIM / 16;
 
 // By the fragments of mma: element e of a block of 16 rows by 8 columns is row g + 8 (e / 2), column 2t + e % 2.
 struct Rows {
     float sum[ROW_BLOCKS][DIM_BLOCKS][4];
-    float total[ROW_BLOCKS][4];  // the same in all columns
-    float top[ROW_BLOCKS][2];
+    float total[ROW_BLOCKS][2], top[ROW_BLOCKS][2];  // of the rows g and g + 8
 };
 struct Queries {
     u32 held[HELD_QUERIES ? DIM_STEPS : 1][ROW_BLOCKS][4];
@@ -99,7 +100,7 @@ DEVICE void follow(Rows& rows, const Scores& score, float scale_to_base_2) {
         }
         if (ballot(higher)) {
 #pragma unroll
-            for (u32 e = 0; e < 4; e++) rows.total[m][e] *= factor[e / 2];
+            for (u32 h = 0; h < 2; h++) rows.total[m][h] *= factor[h];
 #pragma unroll
             for (u32 n = 0; n < DIM_BLOCKS; n++)
 #pragma unroll
@@ -109,7 +110,8 @@ DEVICE void follow(Rows& rows, const Scores& score, float scale_to_base_2) {
 }
 
 // The weights of a step's 16 keys as mma's first operand. A score that is NaN is a weight that is NaN.
-DEVICE void weigh(u32 (&weight)[ROW_BLOCKS][4], const Rows& rows, const Scores& score, float scale_to_base_2, u32 step) {
+DEVICE void weigh(u32 (&weight)[ROW_BLOCKS][4], const Rows& rows, const Scores& score, float scale_to_base_2,
+                  u32 step) {
 #pragma unroll
     for (u32 m = 0; m < ROW_BLOCKS; m++)
 #pragma unroll
@@ -134,12 +136,17 @@ DEVICE bool add_values(Rows& rows, const Scores& score, float scale_to_base_2, c
     const u8* const mine = values + row_of_lane();
     const u32 ones[2] = {ONE | ONE << 16, ONE | ONE << 16};
     u32 found = 0;
+    float total[ROW_BLOCKS][4];  // the same in all columns
+#pragma unroll
+    for (u32 m = 0; m < ROW_BLOCKS; m++)
+#pragma unroll
+        for (u32 e = 0; e < 4; e++) total[m][e] = rows.total[m][e / 2];
 #pragma unroll
     for (u32 step = 0; step < KEY_STEPS; step++) {
         u32 weight[ROW_BLOCKS][4];
         weigh(weight, rows, score, scale_to_base_2, step);
 #pragma unroll
-        for (u32 m = 0; m < ROW_BLOCKS; m++) mma_16x8x16<ACTIVATION>(rows.total[m], weight[m], ones);
+        for (u32 m = 0; m < ROW_BLOCKS; m++) mma_16x8x16<ACTIVATION>(total[m], weight[m], ones);
 #pragma unroll
         for (u32 n = 0; n < DIM_BLOCKS; n += 2) {
             u32 value[4];
@@ -160,5 +167,9 @@ DEVICE bool add_values(Rows& rows, const Scores& score, float scale_to_base_2, c
             }
         }
     }
+#pragma unroll
+    for (u32 m = 0; m < ROW_BLOCKS; m++)
+#pragma unroll
+        for (u32 h = 0; h < 2; h++) rows.total[m][h] = total[m][2 * h];
     return found != 0;
 }

@@ -1,8 +1,9 @@
-// What a block of rolling attention's prefill works on: its queries, and the keys and values that they see, tile by tile.
+// What a block of rolling attention's prefill works on: its queries, and the keys and values that they see, tile by
+// tile.
 //
-// A block has QUERY_ROWS rows: 2^heads_shift query heads of one KV head, one token after the other, so that as many rows
-// as possible read the same keys. Tiles of keys begin at positions that are multiples of KEY_TILE, wherever the chunk
-// begins: a token's sums are formed in the same order however its text was divided into chunks.
+// A block has QUERY_ROWS rows: 2^heads_shift query heads of one KV head, one token after the other, so that as many
+// rows as possible read the same keys. Tiles of keys begin at positions that are multiples of KEY_TILE, wherever the
+// chunk begins: a token's sums are formed in the same order however its text was divided into chunks.
 #pragma once
 #include "rolling_ring.cuh"
 
@@ -17,8 +18,8 @@
 #endif
 
 constexpr u32 THREADS = 32 * WARPS, WARP_ROWS = 16 * ROW_BLOCKS, QUERY_ROWS = WARPS * WARP_ROWS;
-// A row of shared memory has 16 bytes to spare, and an odd number of 16-byte units: eight rows at the same column, which
-// is what ldmatrix reads at once, lie in different banks.
+// A row of shared memory has 16 bytes to spare, and an odd number of 16-byte units: eight rows at the same column,
+// which is what ldmatrix reads at once, lie in different banks.
 constexpr u32 ROW_BYTES = 2 * HEAD_DIM + 16, TILE_BYTES = KEY_TILE * ROW_BYTES;
 
 constexpr bool CONVERTED = !Same<ACTIVATION, RING>::value;  // the ring's type is not that of activations
@@ -28,8 +29,8 @@ constexpr u32 ARRIVING_ROW_BYTES = CONVERTED ? RING_ROW_BYTES : ROW_BYTES;
 constexpr u32 ARRIVING_BYTES = 2 * KEY_TILE * ARRIVING_ROW_BYTES;  // keys, then values
 constexpr u32 QUERY_BYTES = HELD_QUERIES ? 0 : QUERY_ROWS * ROW_BYTES;
 constexpr u32 CONVERTED_BYTES = CONVERTED ? 2 * TILE_BYTES : 0;
-// Shared memory: queries, converted keys and values, two arriving tiles of keys and values. Held queries pass through what
-// the others lie in afterwards, and results leave through it.
+// Shared memory: queries, converted keys and values, two arriving tiles of keys and values. Held queries pass through
+// what the others lie in afterwards, and results leave through it.
 
 struct RollingPrefillParams {
     const ACTIVATION* query;  // [B, T, H, D], rotated
@@ -71,8 +72,8 @@ DEVICE QueryTile query_tile(const RollingPrefillParams& params, u32 x) {
     return tile;
 }
 
-// What waits for the loop's end in the bytes that the first two rows have to spare, since registers are short: the tile,
-// and whether a value that is not finite was met.
+// What waits for the loop's end in the bytes that the first two rows have to spare, since registers are short: the
+// tile, and whether a value that is not finite was met.
 DEVICE QueryTile& kept_tile(u8* shared) {
     static_assert(sizeof(QueryTile) == ROW_BYTES - 2 * HEAD_DIM, "it must not reach into the second row");
     return *reinterpret_cast<QueryTile*>(shared + 2 * HEAD_DIM);

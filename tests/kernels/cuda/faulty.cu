@@ -67,6 +67,15 @@ CIERZO_KERNEL(faulty, Mistake, 128) {
     if (thread_x() == 0) params.to[128] = 1.0f;
 #elif MISTAKE == 20
     got = numbers[i64(1) << 16];
+#elif MISTAKE == 22  // just behind the last of 128
+    got = params.from[params.index + thread_x()];
+#elif MISTAKE == 23
+    got = float(reinterpret_cast<const Vector16*>(shared + 8)->word[0]);
+#elif MISTAKE == 24
+    const Vector16 copied = *reinterpret_cast<const Vector16*>(shared + 8 * (thread_x() % 2));
+    got = float(copied.word[thread_x() % 4]);
+#elif MISTAKE == 25  // a copy of nothing still has an address
+    copy_async_16(numbers + 4 * thread_x() % 128, params.from + 1, false);
 #elif MISTAKE == 21
     got = float(128 / (params.index - 256));
 #endif

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from graph_passes.ops.quantized_matmul import blocks, zero_bytes
 from runtime.kernels.cuda.mixture_of_experts import (
     FEW_TOKENS,
     MixtureProblem,
@@ -119,10 +118,12 @@ def packed_mixture(
     parts: dict[str, Array] = {}
     wide: dict[str, Wide] = {}
     for name, R, columns in (("gate", I, C), ("up", I, C), ("down", C, I)):
-        B = blocks(columns, packed.block)
+        # As graph_passes.ops.quantized_matmul lays rows out, which a machine with a GPU may lack the packages for.
+        B = -(-columns // packed.block)
+        zero_bytes = -(-B * packed.bits // 8)
         numbers = rng.integers(0, 256, (E, R, B, packed.block * packed.bits // 8), dtype=np.uint8)
         scale = (rng.random((E, R, B)) + 0.5).astype(packed.scales) / np.sqrt(columns) * 4 / 2**packed.bits
-        zero = rng.integers(0, 256, (E, R, zero_bytes(columns, packed.block, packed.bits)), dtype=np.uint8)
+        zero = rng.integers(0, 256, (E, R, zero_bytes), dtype=np.uint8)
         scale = scale.astype(packed.scales)
         parts |= {name: numbers, f"{name}_scale": scale}
         q = _unpacked(numbers.reshape(E, R, -1), packed.bits).reshape(E, R, B, packed.block).astype(np.float64)

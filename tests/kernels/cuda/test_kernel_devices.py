@@ -52,7 +52,7 @@ def test_what_is_not_written_yet_is_poison(device: Device) -> None:
         (-1, "wrote 1 bytes before"),
         (-4096, "wrote 4096 bytes before"),
         (12, "wrote byte 12"),
-        (4095, "wrote byte 4095"),
+        (255, "wrote byte 255"),
     ],
 )
 def test_writing_around_a_buffer_is_seen(device: Device, offset: int, said: str) -> None:
@@ -60,6 +60,22 @@ def test_writing_around_a_buffer_is_seen(device: Device, offset: int, said: str)
     ctypes.memset(buffer.address + offset, 0, 1)
     with pytest.raises(AssertionError, match=said):
         device.download(buffer)
+
+
+def test_writing_far_behind_a_buffer_is_seen_on_a_gpu(driver: RecordingDriver) -> None:
+    device = GpuDevice()
+    buffer = device.upload(np.zeros(3, np.float32))
+    ctypes.memset(buffer.address + 4095, 0, 1)
+    with pytest.raises(AssertionError, match="wrote byte 4095"):
+        device.download(buffer)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn])
+def test_what_lies_around_a_buffer_is_no_ordinary_number(device: Device, dtype: type) -> None:
+    """A kernel that reads it by mistake gets a result that no test takes."""
+    buffer = device.upload(np.zeros(1, dtype))
+    around = np.frombuffer(ctypes.string_at(buffer.address - 16, 16), dtype).astype(np.float64)
+    assert (np.isnan(around) | (np.abs(around) > 1e38)).all()
 
 
 def test_a_gpu_is_waited_for_and_its_memory_freed(driver: RecordingDriver) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import BackendError
+from runtime.kernels.cuda import mixture_prefill
 from runtime.kernels.cuda.launch import DeviceLimits
 from runtime.kernels.cuda.mixture_of_experts import (
     FEW_TOKENS,
@@ -166,6 +167,28 @@ def test_no_tokens() -> None:
 def test_refused(changes: dict[str, int], words: str) -> None:
     with pytest.raises(BackendError, match=words):
         replace(MixtureProblem(1, 16, 16, 4, 2, "silu", "bfloat16"), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("N", [16, 17, 40])
+def test_very_many_tokens_go_in_slices_and_get_the_same_bits(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of 16 tokens at most, one of which is down to a single token; all of them in the workspace of one."""
+    case = mixture(N, 3, 5, 24, 40)
+    whole = check_mixture(CpuDevice(), case)
+    monkeypatch.setattr(mixture_prefill, "MOST_WORKSPACE", 0)
+    monkeypatch.setattr(mixture_prefill, "_LEAST_SLICE", 16)
+    same_bits(run_mixture(CpuDevice(), case), whole)
+    of_one = mixture_workspace_bytes(replace(case.problem, tokens=16), LIMITS)
+    assert mixture_workspace_bytes(case.problem, LIMITS) == of_one
+
+
+@pytest.mark.parametrize("tokens", [2048, 8192, 1 << 20])
+@pytest.mark.parametrize(("hidden", "intermediate", "experts", "top_k"), [(4096, 14336, 8, 2), (6144, 16384, 8, 2)])
+def test_large_mixtures_need_little_workspace(
+    tokens: int, hidden: int, intermediate: int, experts: int, top_k: int
+) -> None:
+    problem = MixtureProblem(tokens, hidden, intermediate, experts, top_k, "silu", "bfloat16")
+    assert mixture_workspace_bytes(problem, LIMITS) <= mixture_prefill.MOST_WORKSPACE
+    assert set(mixture_kernels(problem, LIMITS)) <= set(every_mixture_kernel(problem, LIMITS))
 
 
 def test_one_build_serves_every_number_of_tokens() -> None:

@@ -197,7 +197,7 @@ def test_an_asynchronous_copy_lands_when_it_is_waited_for() -> None:
 def make(mistake: int, seed: int = 0) -> Floats:
     device = CpuDevice()
     to, given = device.empty((128,), np.float32), device.upload(np.zeros(128, np.float32))
-    index = {5: 250, 14: 4, 18: 32, 21: 256}.get(mistake, 0)
+    index = {5: 250, 14: 4, 18: 32, 21: 256, 22: 1}.get(mistake, 0)
     CpuLauncher(seed=seed, sources=HERE).launch(
         Kernel("faulty.cu", "faulty", {"MISTAKE": mistake}),
         grid=(1, 1, 1),
@@ -236,9 +236,13 @@ def test_missing_synchronisation_shows_in_the_numbers(mistake: int) -> None:
         (16, "byte 0 of shared memory where global memory belongs"),
         (17, "is outside the 1000 bytes of shared memory"),
         (18, "overflow or shift"),
-        (19, "wrote byte 512 of a buffer of 512"),
+        (19, "may not be touched"),
         (20, "byte 262144 is outside the 1000 bytes of shared memory"),
         (21, "a check failed|division by zero"),
+        (22, "may not be touched"),
+        (23, "misaligned access"),
+        (24, "misaligned access"),
+        (25, "last at copy_async_16 in faulty.cu:.* is not aligned to 16 bytes"),
     ],
 )
 def test_what_a_gpu_may_not_survive_is_refused(mistake: int, said: str) -> None:

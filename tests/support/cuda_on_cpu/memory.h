@@ -48,6 +48,7 @@ inline void copy_async_16(void* to_shared, const void* from_global, bool valid, 
     using namespace on_cpu;
     need_shared("copy_async_16", to_shared, site);
     if (valid) need_global("copy_async_16", from_global, site);
+    if (reinterpret_cast<uintptr_t>(from_global) % 16) fail("%p is not aligned to 16 bytes", from_global);
     Thread& thread = block.threads[block.running];
     if (thread.first_copy == thread.last_copy) thread.first_copy = thread.last_copy = 0;
     if (thread.last_copy == thread.copy_room) {
