@@ -1,10 +1,13 @@
 """Where a case of a kernel's test runs: the CPU, or a GPU. Cases are written once against `Device`.
 
 Buffers are poisoned and guarded: before and after each lie bytes that no kernel may change, checked at every download.
+On the CPU, memory that may not be touched at all follows the last of them, so that reading too far faults as well.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +20,8 @@ from tests.support.cuda_cpu import LIMITS, CpuLauncher
 
 Array = npt.NDArray[Any]
 GUARD_BYTES = 4096
-CANARY = 0xA5
+CANARY = 0x7F
+"""In every byte around a buffer: huge or NaN in every type, so that a number made of it shows."""
 POISON = 0xFF
 """In every byte of what is not written yet: NaN in every floating-point type, -1 in integers."""
 
@@ -94,12 +98,15 @@ class CpuDevice:
 
     @staticmethod
     def _buffer(content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Buffer:
-        frame = _framed(content)
-        memory = np.empty(frame.size + 256, np.uint8)
-        skip = -memory.ctypes.data % 256
-        aligned = memory[skip : skip + frame.size]
-        aligned[:] = frame
-        return Buffer(aligned.ctypes.data + GUARD_BYTES, shape, dtype, aligned)
+        frame = _framed(content)[: GUARD_BYTES + -(-len(content) // 256) * 256]
+        room = -(-frame.size // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = np.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), np.uint8)
+        closed = ctypes.c_void_p(pages.ctypes.data + room), ctypes.c_size_t(mmap.PAGESIZE)
+        if ctypes.CDLL(None, use_errno=True).mprotect(*closed, 0):
+            raise OSError(ctypes.get_errno(), "memory cannot be closed to reading")
+        memory = pages[room - frame.size : room]
+        memory[:] = frame
+        return Buffer(memory.ctypes.data + GUARD_BYTES, shape, dtype, memory)
 
 
 class GpuDevice:

@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from exporter.build.lower import LoweredGraph, lower_for_engine
 from runtime import Session
+from runtime.backends.base import Numerics
 from runtime.bundle import Bundle, read_bundle
 from runtime.chunking import Int64Array
 from runtime.engine_info import EngineWeight
@@ -66,6 +67,7 @@ class LoweredEngine:
 
     def __init__(self, bundle: Bundle, graph: LoweredGraph, arithmetic: str, kv: str) -> None:
         self._manifest = bundle.manifest
+        self.numerics = Numerics(arithmetic, kv, rounds_activations=False)
         self._ring_type = RING_TYPES[kv]
         model = with_weights(graph, bundle)
         if kv != "float8":  # which GatherElements of opset 24 does not name; engines with such rings have a plugin

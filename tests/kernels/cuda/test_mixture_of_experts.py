@@ -169,9 +169,9 @@ def test_refused(changes: dict[str, int], words: str) -> None:
         replace(MixtureProblem(1, 16, 16, 4, 2, "silu", "bfloat16"), **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("N", [16, 17, 40])
+@pytest.mark.parametrize("N", [17, 40])
 def test_very_many_tokens_go_in_slices_and_get_the_same_bits(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices of 16 tokens at most, one of which is down to a single token; all of them in the workspace of one."""
+    """Slices of 16 tokens at most, all in the workspace of one, and the last one smaller."""
     case = mixture(N, 3, 5, 24, 40)
     whole = check_mixture(CpuDevice(), case)
     monkeypatch.setattr(mixture_prefill, "MOST_WORKSPACE", 0)

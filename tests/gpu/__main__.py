@@ -1,0 +1,10 @@
+"""`python -m tests.gpu`."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.gpu.script import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
