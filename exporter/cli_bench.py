@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from exporter.cli_options import EXISTING, backend_option, json_option, verify_option, weights_folder_option
+from exporter.cli_options import (
+    EXISTING,
+    backend_option,
+    engine_option,
+    json_option,
+    verify_option,
+    weights_folder_option,
+)
 from exporter.console import output, print_json, progress_bars, show_notes
 
 
@@ -27,6 +34,7 @@ from exporter.console import output, print_json, progress_bars, show_notes
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows that run at once.")
 @click.option("--profile", is_flag=True, help="Also show where the time goes, by plugin op.")
 @backend_option
+@engine_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: one per physical core]")
 @weights_folder_option
 @verify_option
@@ -40,6 +48,7 @@ def bench(
     batch: int,
     profile: bool,
     backend: str | None,
+    engine: str | None,
     threads: int | None,
     weights_folder: Path | None,
     verify: bool,
@@ -64,6 +73,7 @@ def bench(
         profile=profile,
         threads=threads,
         backend=backend,
+        engine=engine,
         weights_folder=weights_folder,
         verify=verify,
     )

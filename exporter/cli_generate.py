@@ -11,7 +11,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from exporter.cli_options import EXISTING, backend_option, json_option, verify_option, weights_folder_option
+from exporter.cli_options import (
+    EXISTING,
+    backend_option,
+    engine_option,
+    json_option,
+    verify_option,
+    weights_folder_option,
+)
 from exporter.console import name_unverified, print_json, progress_bars, show_notes
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, help="Makes sampling repeatable.  [default: another each time]")
 @click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
 @backend_option
+@engine_option
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: one per physical core]")
 @weights_folder_option
 @verify_option
@@ -52,6 +60,7 @@ def generate(
     seed: int | None,
     stops: tuple[str, ...],
     backend: str | None,
+    engine: str | None,
     threads: int | None,
     weights_folder: Path | None,
     verify: bool,
@@ -72,7 +81,13 @@ def generate(
         if progress is not None:
             progress("load", 0, 0)
         session = load(
-            bundle, backend=backend, threads=threads, verify=verify, weights_folder=weights_folder, progress=progress
+            bundle,
+            backend=backend,
+            engine=engine,
+            threads=threads,
+            verify=verify,
+            weights_folder=weights_folder,
+            progress=progress,
         )
     name_unverified(session.unverified)
     show_notes(session.notes)

@@ -17,6 +17,11 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, errors included.")
 backend_option = click.option("--backend", help="Engine that runs the bundle.  [default: the first that Cierzo has]")
+engine_option = click.option(
+    "--engine",
+    metavar="NAME",
+    help="Which engine that `cierzo build` made to run, for a backend that runs those.  [default: the one that fits]",
+)
 ignore_option = click.option(
     "--ignore-config-key",
     "ignored",

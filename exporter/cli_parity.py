@@ -10,6 +10,7 @@ from exporter.cli_options import (
     EXISTING,
     FOLDER,
     backend_option,
+    engine_option,
     json_option,
     verify_option,
     weights_folder_option,
@@ -25,6 +26,7 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 @click.argument("bundle", type=EXISTING)
 @click.argument("checkpoint", type=EXISTING, required=False)
 @backend_option
+@engine_option
 @seed_option
 @click.option("--layers", is_flag=True, help="Also compare the output of every module.")
 @click.option(
@@ -48,6 +50,7 @@ def validate(
     bundle: Path,
     checkpoint: Path | None,
     backend: str | None,
+    engine: str | None,
     seed: int,
     layers: bool,
     report: Path | None,
@@ -75,6 +78,7 @@ def validate(
             bundle,
             checkpoint,
             backend=backend,
+            engine=engine,
             seed=seed,
             verify=verify,
             weights_folder=weights_folder,

@@ -23,7 +23,8 @@ from exporter.quantized_reference import quantized_reference
 from exporter.reopen import reopen
 from exporter.validation_report import Check, ValidationReport, render
 from reference.checkpoint import Checkpoint
-from reference.parity import Budget, budget, position_errors
+from reference.parity import TOLERANCES, Budget, budget, position_errors
+from reference.rounding import Rounding
 from runtime import load
 from runtime.backends import DEFAULT_BACKEND
 from runtime.errors import CheckpointError, InputError
@@ -37,6 +38,9 @@ LONGEST_PROBE = 8192
 
 _ONE_AT_A_TIME = 96
 """Tokens that are fed singly at most, at the end of the row, where every ring has wrapped."""
+
+_FROM_FINE_TO_COARSE = tuple(TOLERANCES)
+"""Types, in the order of the table."""
 
 Progress = Callable[[str, int, int], None]
 Row = npt.NDArray[np.int64]
@@ -60,6 +64,7 @@ def validate(
     checkpoint: str | Path | None = None,
     *,
     backend: str | None = None,
+    engine: str | None = None,
     seed: int = 0,
     verify: bool = False,
     weights_folder: Path | None = None,
@@ -69,7 +74,7 @@ def validate(
 ) -> ValidationReport:
     """Compare the engine of `bundle` with the reference model of `checkpoint` (default: the one it was made from).
 
-    verify, weights_folder: see `runtime.load`.
+    engine, verify, weights_folder: see `runtime.load`.
     text, max_kl: for quantised weights, a file with the text on which they are compared with the original ones
         (default: what the engine itself writes), and how far they may be from them; see `exporter.quality`.
 
@@ -84,7 +89,9 @@ def validate(
 
     from reference.oracle import Oracle
 
-    session = load(bundle, backend=backend, verify=verify, weights_folder=weights_folder, progress=progress)
+    session = load(
+        bundle, backend=backend, engine=engine, verify=verify, weights_folder=weights_folder, progress=progress
+    )
     opened = open_matching(session, checkpoint)
     rng = np.random.default_rng(seed)
     windows = opened.config.layer_windows
@@ -100,9 +107,9 @@ def validate(
     oracle = Oracle(opened, quantized.weights)
     tokens = [row.tolist() for row in rows]
     truth = tuple(t.numpy() for t in oracle.logits(tokens, torch.float64, progress))
-    rounding = quantized.rounding
-    own = tuple(t.numpy() for t in oracle.logits(tokens, torch.float32, progress, rounding=rounding))
-    dtype = rounding.kind
+    rounding, dtype = _rounding(session, quantized.rounding)
+    arithmetic = getattr(torch, session.numerics.arithmetic)
+    own = tuple(t.float().numpy() for t in oracle.logits(tokens, arithmetic, progress, rounding=rounding))
     run = _Run(session, windows, rows, truth, budget(truth, own, dtype), rng)
     checks: list[Check] = []
     steps = (
@@ -155,6 +162,14 @@ def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint
                 "so there is nothing to compare. Name the checkpoint that the bundle was made from."
             )
     return opened
+
+
+def _rounding(session: Session, of_bundle: Rounding) -> tuple[Rounding, str]:
+    """What the session's engine rounds on the way, and the coarsest type in that or in what it computes in."""
+    numerics = session.numerics
+    blocks = of_bundle.activation_blocks if numerics.rounds_activations else {}
+    rounding = Rounding(blocks, numerics.kv)
+    return rounding, max(rounding.kind, numerics.arithmetic, key=_FROM_FINE_TO_COARSE.index)
 
 
 def _rows(longest: int, vocabulary: int, rng: np.random.Generator) -> tuple[Row, ...]:
@@ -295,8 +310,9 @@ def _receptive_field(run: _Run) -> Iterator[Check]:
 def _memory(run: _Run) -> Iterator[Check]:
     model, kv = run.session.manifest.model, run.session.manifest.kv
     slots = sum((kv.context or 0) if window is None else window + kv.chunk - 1 for window in run.windows)
-    due = kv_bytes(
-        [slots], batch=run.session.batch, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=kv.dtype
+    numerics = run.session.numerics
+    due = numerics.rings * kv_bytes(
+        [slots], batch=run.session.batch, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=numerics.kv
     )
     held = run.session.kv_bytes
     detail = f"{held:,} bytes after {int(run.session.position.max()):,} tokens, as W + C − 1 slots a layer make"

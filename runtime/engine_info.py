@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import Any
 
 from runtime.errors import BundleError
-from runtime.json_files import parse_json_object
+from runtime.json_files import MOST_KEY_CHARACTERS, brief, parse_json_object
 from runtime.manifest_section import Section
-from runtime.weight_expression import Expression, parse_expression
+from runtime.weight_expression import Expression, dtype_of, orders_of, parse_expression
 
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
@@ -103,19 +103,19 @@ def parse_engine(name: str, content: bytes) -> EngineInfo:
             f"The engine {name} was written with schema {version}, but this Cierzo reads schema {SCHEMA_VERSION}. "
             "Build it again with `cierzo build`."
         )
-    orders = root.section("orders")
+    orders = _orders(name, root.section("orders"))
     plans = root.section("plans")
     return EngineInfo(
         name=name,
-        **{key: root.string(key) for key in ("backend", "flavor", "version", "compute_capability", "arithmetic", "kv")},
+        **{key: _name(root, key) for key in ("backend", "flavor", "version", "compute_capability", "arithmetic", "kv")},
         plugins=tuple(root.strings("plugins")),
         weights=root.one_of("weights", (WEIGHTLESS, EMBEDDED)),
         max_batch=root.integer("max_batch", minimum=1),
         chunk=root.integer("chunk", minimum=1),
         graph_sha256=root.hash("graph_sha256"),
         plans=MappingProxyType({key: _plan(plans.section(key)) for key in (PREFILL, DECODE)}),
-        tensors=tuple(_weight(name, index, item) for index, item in enumerate(root.items("tensors"))),
-        orders=MappingProxyType({key: tuple(orders.items(key)) for key in orders.data}),
+        tensors=tuple(_weight(name, index, item, orders) for index, item in enumerate(root.items("tensors"))),
+        orders=orders,
     )
 
 
@@ -164,26 +164,56 @@ def engine_to_json(engine: EngineInfo) -> dict[str, Any]:
     }
 
 
+def _name(section: Section, key: str) -> str:
+    """A string that messages may hold."""
+    value = section.string(key)
+    if not value.isprintable() or len(value) > MOST_KEY_CHARACTERS:
+        raise BundleError(f"{section.path}{key} is {brief(value)}, which is no name. Build the engine again.")
+    return value
+
+
+def _orders(name: str, section: Section) -> Mapping[str, tuple[int, ...]]:
+    orders = {key: tuple(section.items(key)) for key in section.data}
+    for key, order in orders.items():
+        if not all(type(index) is int and 0 <= index < 1 << 31 for index in order):
+            raise BundleError(f"The order {brief(key)} of the engine {name} is damaged. Build the engine again.")
+    return MappingProxyType(orders)
+
+
 def _plan(section: Section) -> PlanInfo:
     profiles = []
     for index, item in enumerate(section.items("profiles")):
-        profile = Section(item, f"{section.path}profiles[{index}].")
-        profiles.append(PlanProfile(**{key: profile.integer(key, minimum=1) for key in PlanProfile.__slots__}))
-    file = section.string("file")
+        profile = Section(item if isinstance(item, dict) else {}, f"{section.path}profiles[{index}].")
+        found = PlanProfile(**{key: profile.integer(key, minimum=1) for key in PlanProfile.__slots__})
+        if found.min_batch > found.max_batch or found.min_tokens > found.max_tokens:
+            raise BundleError(f"{profile.path[:-1]} takes no shape at all. Build the engine again.")
+        profiles.append(found)
+    file = _name(section, "file")
     if "/" in file or "\\" in file or file in ("", ".", ".."):
         raise BundleError(f"The plan {file!r} of {section.path[:-2]} lies outside the engine's folder. Build it again.")
     return PlanInfo(file, section.integer("bytes", minimum=1), section.hash("sha256"), tuple(profiles))
 
 
-def _weight(name: str, index: int, item: Any) -> EngineWeight:
+def _weight(name: str, index: int, item: Any, orders: Mapping[str, tuple[int, ...]]) -> EngineWeight:
     section = Section(item if isinstance(item, dict) else {}, f"engine {name}: tensors[{index}].")
     shape = section.items("shape")
     if not all(type(extent) is int and extent >= 0 for extent in shape):
         raise BundleError(f"The shape of {section.path[:-1]} is damaged. Build the engine again.")
+    expression = parse_expression(section.section("expression"))
+    if (dtype := dtype_of(expression)) != section.string("dtype"):
+        raise BundleError(
+            f"{section.path[:-1]} is of {brief(section.string('dtype'))}, and what it is made of is {dtype}. Build the "
+            "engine again."
+        )
+    if unknown := orders_of(expression) - orders.keys():
+        raise BundleError(
+            f"{section.path[:-1]} has its rows in the order {brief(unknown.pop())}, which is not there. Build the "
+            "engine again."
+        )
     return EngineWeight(
-        name=section.string("name"),
+        name=_name(section, "name"),
         dtype=section.string("dtype"),
         shape=tuple(shape),
         role=section.one_of("role", (INPUT, REFIT)),
-        expression=parse_expression(section.section("expression")),
+        expression=expression,
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from runtime.chunking import Int64Array
 from runtime.errors import InputError, SessionError
-from runtime.sampling import Sampler, SamplingOptions
+from runtime.sampling import Candidates, Sampler, SamplingOptions
 from runtime.streaming import TextStreamer
 from runtime.token_rows import TokenIds
 
@@ -174,14 +174,15 @@ def decode(session: Session, prompts: list[Int64Array], rows: list[Row]) -> Iter
     """Run the loop; after each step yields the text that each row may show ("" for rows that have finished)."""
     feed: list[list[int]] = [prompt.tolist() for prompt in prompts]
     while True:
-        logits_BV = session.forward_last(feed)
+        found = _candidates(session, feed, rows)
         reached = session.revision
         seen_BV = session.seen
         shown = [""] * len(rows)
         feed = [[] for _ in rows]
-        for index, row in enumerate(rows):
+        for index, (row, candidates) in enumerate(zip(rows, found, strict=True)):
             if row.finish_reason is None:
-                token_id = row.sampler.choose(logits_BV[index], seen_BV[index])
+                assert candidates is not None, "an unfinished row has been fed"
+                token_id = row.sampler.choose(candidates.logits_N, seen_BV[index], candidates.ids_N)
                 shown[index] = row.take(token_id)
                 if row.finish_reason is None:
                     feed[index] = [token_id]
@@ -193,3 +194,12 @@ def decode(session: Session, prompts: list[Int64Array], rows: list[Row]) -> Iter
                 "The session was fed or reset while a generation was running on it, so the generation cannot go on. "
                 "Let one end before the next begins, or load a second session."
             )
+
+
+def _candidates(session: Session, feed: list[list[int]], rows: list[Row]) -> Sequence[Candidates | None]:
+    """Feed the rows, and give what each may go on with: all logits, or the highest where the engine can tell those."""
+    sampler = rows[0].sampler  # all rows have the same options
+    count = sampler.highest_wanted(session.most_top)
+    if count == 0:
+        return [Candidates(logits_V) for logits_V in session.forward_last(feed)]
+    return session.forward_candidates(feed, count, sampler.suffice)

@@ -10,7 +10,7 @@ Letters: L layers, G KV heads, D head dim, W window, C chunk (most tokens of one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -128,7 +128,9 @@ class WeightsInfo:
 class Manifest:
     """A whole manifest. `provenance` is kept as it stands; the fusion report is not the runtime's business.
 
-    files: all files of the bundle but the manifest and those that hold weights.
+    files: all files of the bundle but the manifest, those that hold weights, and what lies in the folders of engines.
+    engines: what was built from the bundle, by the name of its folder: size and hash of its engine.json
+    (`runtime.engine_info`). An export leaves it out; nothing of it is needed to run the graph.
     """
 
     schema_version: int
@@ -140,6 +142,7 @@ class Manifest:
     tokenizer: tuple[str, ...]
     files: Mapping[str, FileInfo]
     provenance: Mapping[str, Any]
+    engines: Mapping[str, FileInfo] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def parse_manifest(content: bytes) -> Manifest:
@@ -173,6 +176,7 @@ def parse_manifest(content: bytes) -> Manifest:
         tokenizer=tuple(root.strings("tokenizer")),
         files=_own_files(root.section("files")),
         provenance=MappingProxyType(dict(root.section("provenance").data)),
+        engines=_own_files(root.section("engines")) if "engines" in document else MappingProxyType({}),
     )
     _check_consistency(manifest)
     return manifest
@@ -304,6 +308,11 @@ def _check_consistency(manifest: Manifest) -> None:
             f"The manifest lists {brief(name)} under `files` and under `weights.files`, so it does not say "
             "which of two folders has it. Export the checkpoint again."
         )
+    for name in manifest.engines:
+        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+            raise BundleError(
+                f"The manifest lists the engine {brief(name)}, which names no folder. Export the checkpoint again."
+            )
     for name in (manifest.graph.file, *manifest.tokenizer):
         if name not in manifest.files:
             raise BundleError(

@@ -30,6 +30,8 @@ INT8 = "int8"
 """Whole numbers, with a float32 scale for each head of each token in a ring beside: value = number · scale."""
 
 _SCALE_SUFFIX = ".scale"
+_NUMBER_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in KV_DTYPES.items()} | {"bfloat16": 2, "float8": 1}
+"""Built engines keep keys and values in more types than bundles do."""
 
 
 def scale_ring(ring: str) -> str:
@@ -54,7 +56,7 @@ def position_of_slot(slot: int, last: int, capacity: int) -> int:
 
 def kv_bytes(capacities: Iterable[int], *, batch: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
     """Bytes of all keys and values: 2 · B · G · (D · bytes-per-number, and 4 for int8's scale) · (sum of S)."""
-    vector = head_dim * np.dtype(KV_DTYPES[dtype]).itemsize + (4 if dtype == INT8 else 0)
+    vector = head_dim * _NUMBER_BYTES[dtype] + (4 if dtype == INT8 else 0)
     return 2 * batch * num_kv_heads * vector * sum(capacities)
 
 

@@ -74,6 +74,14 @@ class SamplingOptions:
         object.__setattr__(self, "stop_strings", strings)
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The logits of a row: float [N], of the tokens `ids` (int64 [N], ascending), or of the whole vocabulary (None)."""
+
+    logits_N: NDArray[np.floating]
+    ids_N: NDArray[np.int64] | None = None
+
+
 class Sampler:
     """Chooses tokens for one row; holds the row's random stream.
 
@@ -84,8 +92,41 @@ class Sampler:
         self._options = options
         self._random = np.random.Generator(np.random.PCG64(None if options.seed is None else options.seed + row))
 
-    def choose(self, logits_V: NDArray[np.floating], seen_V: BoolArray) -> int:
-        """The next token id. Raises SessionError when the logits hold NaN or +infinity, or nothing above -infinity."""
+    def highest_wanted(self, most: int) -> int:
+        """How many of a row's highest logits a choice mostly needs, at most `most`; 0 when it needs all logits.
+
+        For top-k it is `most`, since whether the k-th ties with more shows only in those that follow it.
+        """
+        options = self._options
+        if most < 1 or options.repetition_penalty != 1.0:
+            return 0
+        if options.temperature == 0:
+            return 1
+        return most if options.top_k is not None and options.top_k < most else 0
+
+    def suffice(self, highest_K: NDArray[np.floating]) -> bool:
+        """Whether the choice can only fall among the tokens of these highest logits [K], best first.
+
+        It cannot be told when the last of them may tie with the k-th: then the rest of the vocabulary may do so too.
+        """
+        options = self._options
+        scores_K = highest_K.astype(np.float64)
+        if options.temperature == 0 or not math.isfinite(scores_K[0]):
+            return True
+        assert options.top_k is not None
+        scaled_K = _scaled(scores_K, options.temperature)
+        return bool(scaled_K[-1] < scaled_K[options.top_k - 1] or scaled_K[-1] == -np.inf)
+
+    def choose(self, logits_V: NDArray[np.floating], seen_V: BoolArray, ids_V: NDArray[np.int64] | None = None) -> int:
+        """The next token id. Raises SessionError when the logits hold NaN or +infinity, or nothing above -infinity.
+
+        ids_V: whose logits they are, ascending, when they are not those of the whole vocabulary but `suffice`. The id
+        is the same, for the same random stream.
+        """
+        index = self._index(logits_V, seen_V)
+        return index if ids_V is None else int(ids_V[index])
+
+    def _index(self, logits_V: NDArray[np.floating], seen_V: BoolArray) -> int:
         options = self._options
         scores_V = logits_V.astype(np.float64)
         if not math.isfinite(scores_V.max()):  # NaN wins every max, so one look is enough
@@ -97,11 +138,13 @@ class Sampler:
             scores_V = penalise_repetition(scores_V, seen_V, options.repetition_penalty)
         if options.temperature == 0:
             return int(scores_V.argmax())  # numpy returns the first of equal maxima
-        probabilities_V = softmax(filter_scores(scores_V, options))
-        cumulative_V = probabilities_V.cumsum()
+        scores_V = filter_scores(scores_V, options)
+        left = np.flatnonzero(scores_V > -np.inf)
+        probabilities = softmax(scores_V[left])
+        cumulative = probabilities.cumsum()
         # side="right" skips tokens of probability 0, whose cumulative sum equals their predecessor's.
-        index = int(cumulative_V.searchsorted(self._random.random() * cumulative_V[-1], side="right"))
-        return min(index, int(probabilities_V.nonzero()[0][-1]))
+        index = int(cumulative.searchsorted(self._random.random() * cumulative[-1], side="right"))
+        return int(left[min(index, int(probabilities.nonzero()[0][-1]))])
 
 
 def penalise_repetition(scores_V: Float64Array, seen_V: BoolArray, penalty: float) -> Float64Array:
@@ -112,8 +155,7 @@ def penalise_repetition(scores_V: Float64Array, seen_V: BoolArray, penalty: floa
 
 def filter_scores(scores_V: Float64Array, options: SamplingOptions) -> Float64Array:
     """Apply temperature (> 0), top-k, top-p and min-p; what is filtered out becomes -infinity."""
-    with np.errstate(over="ignore"):  # relative to the highest, so that the least temperature gives -infinity, not NaN
-        scores_V = (scores_V - scores_V.max()) / options.temperature
+    scores_V = _scaled(scores_V, options.temperature)
     if options.top_k is not None and options.top_k < scores_V.size:
         kth = np.partition(scores_V, -options.top_k)[-options.top_k]
         scores_V = np.where(scores_V < kth, -np.inf, scores_V)
@@ -126,9 +168,17 @@ def filter_scores(scores_V: Float64Array, options: SamplingOptions) -> Float64Ar
         scores_V = scores_V.copy()
         scores_V[order[dropped]] = -np.inf
     if options.min_p is not None and options.min_p > 0:
-        probabilities_V = softmax(scores_V)
-        scores_V = np.where(probabilities_V < options.min_p * probabilities_V.max(), -np.inf, scores_V)
+        candidates = np.flatnonzero(scores_V > -np.inf)
+        probabilities = softmax(scores_V[candidates])
+        scores_V = scores_V.copy()
+        scores_V[candidates[probabilities < options.min_p * probabilities.max()]] = -np.inf
     return scores_V
+
+
+def _scaled(scores_V: Float64Array, temperature: float) -> Float64Array:
+    """Relative to the highest, so that the least temperature gives -infinity, not NaN."""
+    with np.errstate(over="ignore"):
+        return np.asarray((scores_V - scores_V.max()) / temperature)
 
 
 def softmax(scores_V: Float64Array) -> Float64Array:

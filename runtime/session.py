@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime import generate as generation
 from runtime.backends import open_engine
-from runtime.backends.base import Engine
+from runtime.backends.base import Engine, Numerics
 from runtime.bundle import Bundle, Progress, read_bundle
 from runtime.chunking import Int64Array, Step, all_positions, last_positions, rows_that_end, split_into_steps
-from runtime.errors import ContextError, InputError, SessionError, TokenizerError
+from runtime.errors import InputError, SessionError, TokenizerError
 from runtime.manifest import Manifest
+from runtime.position_limits import check_end
 from runtime.profile import StepRun
-from runtime.sampling import BoolArray, SamplingOptions
+from runtime.sampling import BoolArray, Candidates, SamplingOptions
 from runtime.token_rows import TokenIds, as_rows
 from runtime.tokenizer import Tokenizer, open_tokenizer
 
-MAX_POSITION = 2**24
-"""First position that RoPE in float32 cannot tell from its neighbours: float32 holds integers exactly up to 2**24."""
+_Result = TypeVar("_Result")
 
 
 def load(
@@ -39,13 +40,16 @@ def load(
     weights_folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     profile: str | os.PathLike[str] | None = None,
+    engine: str | None = None,
 ) -> Session:
     """Load the bundle in a folder.
 
     backend, device: None takes the defaults (`onnxruntime`, `cpu`). threads: None takes one per physical core.
+    engine: which of the engines that `cierzo build` made, for a backend that runs those; None takes the one that fits.
     verify: also compare every file's hash with the manifest; `Session.unverified` names those that have none.
     weights_folder: where the files with weights lie, if not where the manifest says.
-    progress: called with (stage, done, total) in bytes while hashes are compared.
+    progress: called with (stage, done, total) in bytes while hashes are compared, and while weights are brought to a
+        device.
     profile: a folder, where the engine keeps a profile of every node of every step until `Session.end_profile`; this
         slows every node by about a microsecond. What ONNX Runtime writes there can be opened in Chrome's trace viewer.
 
@@ -56,7 +60,18 @@ def load(
     """
     opened = read_bundle(bundle, verify=verify, weights_folder=weights_folder, progress=progress)
     folder = None if profile is None else Path(profile)
-    return Session(opened, open_engine(opened, backend=backend, device=device, threads=threads, profile=folder))
+    return Session(
+        opened,
+        open_engine(
+            opened,
+            backend=backend,
+            device=device,
+            threads=threads,
+            profile=folder,
+            engine=engine,
+            progress=progress,
+        ),
+    )
 
 
 class Session:
@@ -121,6 +136,11 @@ class Session:
         return self._engine.kernels
 
     @property
+    def numerics(self) -> Numerics:
+        """In which types the engine computes and keeps keys and values."""
+        return self._engine.numerics
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes held for the KV buffers: constant in the number of tokens, proportional to the rows (1 at first)."""
         return self._engine.kv_bytes
@@ -174,7 +194,7 @@ class Session:
         rows = self.checked_rows(token_ids)
         width = max(row.size for row in rows)
         logits_BTV = np.full((len(rows), width, self.manifest.model.vocab_size), np.nan, dtype=np.float32)
-        for step, step_logits_BTV in self._feed(rows, all_positions):
+        for step, step_logits_BTV in self._feed(rows, all_positions, self._engine.step):
             for index, count in enumerate(step.token_counts_B):
                 first = step.offset + (width - rows[index].size if padding == "left" else 0)
                 logits_BTV[index, first : first + count] = step_logits_BTV[index, :count]
@@ -190,10 +210,43 @@ class Session:
         rows = self.checked_rows(token_ids)
         lengths_B = np.array([row.size for row in rows], dtype=np.int64)
         logits_BV = np.full((len(rows), self.manifest.model.vocab_size), np.nan, dtype=np.float32)
-        for step, step_logits_BRV in self._feed(rows, lambda step: last_positions(step, lengths_B)):
+        for step, step_logits_BRV in self._feed(rows, lambda step: last_positions(step, lengths_B), self._engine.step):
             for index in np.flatnonzero(rows_that_end(step, lengths_B)):
                 logits_BV[index] = step_logits_BRV[index, 0]
         return logits_BV
+
+    @property
+    def most_top(self) -> int:
+        """How many candidates `forward_candidates` can ask the engine for; 0 when it gives all logits only."""
+        top = self._engine.top
+        return 0 if top is None else min(top.most, self.manifest.model.vocab_size)
+
+    def forward_candidates(
+        self, token_ids: TokenIds, count: int, suffice: Callable[[NDArray[np.float32]], bool]
+    ) -> list[Candidates | None]:
+        """As `forward_last`, but only the `count` highest logits of each row leave the engine's device.
+
+        count: 1 to `most_top`. suffice: called with a row's highest logits [count], best first; where it says no, all
+        logits of the row are fetched. Returns a Candidates for each row, and None for one that idles. Where a row's
+        logits hold NaN, so do its Candidates.
+        """
+        top = self._engine.top
+        if top is None or not 1 <= count <= self.most_top:
+            raise SessionError(f"This session's engine gives {self.most_top} highest logits at most, not {count}.")
+        rows = self.checked_rows(token_ids)
+        lengths_B = np.array([row.size for row in rows], dtype=np.int64)
+        found: list[Candidates | None] = [None] * len(rows)
+        for step, highest in self._feed(
+            rows, lambda step: last_positions(step, lengths_B), partial(top.step, count=count)
+        ):
+            for index in np.flatnonzero(rows_that_end(step, lengths_B)):
+                values_K, ids_K = highest.values_BRK[index, 0], highest.ids_BRK[index, 0]
+                if suffice(values_K):
+                    order = ids_K.argsort()
+                    found[index] = Candidates(values_K[order], ids_K[order])
+                else:
+                    found[index] = Candidates(top.logits()[index, 0].copy())
+        return found
 
     def generate(self, prompt_ids: TokenIds, **options: Any) -> Iterator[int]:
         """Feed one prompt and yield the ids that follow it, one by one.
@@ -238,37 +291,18 @@ class Session:
         # Checked for the whole feed before any step runs: a refusal leaves the state as it was.
         for index, row in enumerate(rows):
             position = int(self._position_B[index]) if begun else 0
-            self._check_end(index, position, row.size, new_tokens if row.size else 0)
+            check_end(kv, index, position, row.size, new_tokens if row.size else 0)
         return rows
 
-    def _check_end(self, row: int, position: int, fed: int, new_tokens: int) -> None:
-        context, end, limit = self.manifest.kv.context, position + fed + new_tokens, self.manifest.kv.position_limit
-        wanted = f"{fed} more" + (f" and then {new_tokens} generated ones" if new_tokens else "")
-        if context is not None and end > context:
-            raise ContextError(
-                f"Row {row} holds {position} tokens and {wanted} would make {end}, but the full-attention layers of "
-                f"this bundle have room for {context}. Feed or generate fewer tokens, call reset(), or export the "
-                f"checkpoint again with context={end}."
-            )
-        if limit is not None and end > limit:
-            raise ContextError(
-                f"Row {row} holds {position} tokens and {wanted} would make {end}, but this model has dynamic RoPE: "
-                f"from position {limit} on its frequencies depend on the length of the whole text, so that keys in the "
-                "buffers would have to be rotated again with every token. Feed or generate fewer tokens, or call "
-                "reset() and start a new text."
-            )
-        if end > MAX_POSITION:
-            raise ContextError(
-                f"Row {row} holds {position} tokens and {wanted} would make {end}, but positions from {MAX_POSITION} "
-                "on cannot be told apart by rotary embeddings in float32. Call reset() and start a new text."
-            )
-
     def _feed(
-        self, rows: list[Int64Array], asked_for: Callable[[Step], Int64Array]
-    ) -> Iterator[tuple[Step, NDArray[np.float32]]]:
-        """Run the steps of a checked feed; yields each with its logits [B, R, V], which are valid until the next.
+        self,
+        rows: list[Int64Array],
+        asked_for: Callable[[Step], Int64Array],
+        run: Callable[[Int64Array, Int64Array, Int64Array, Int64Array], _Result],
+    ) -> Iterator[tuple[Step, _Result]]:
+        """Run the steps of a checked feed; yields each with what `run` makes of it, which is valid until the next.
 
-        asked_for: gives the tokens [B, R] of a step whose logits are computed.
+        asked_for: gives the tokens [B, R] of a step whose logits are computed. run: `Engine.step`, or one like it.
         """
         self._failed = True  # until the feed is complete, the ring holds part of it
         self._revision += 1
@@ -276,10 +310,7 @@ class Session:
             self._engine.allocate(len(rows))
             self._start_over(len(rows))
         for step in split_into_steps(rows, self._position_B.copy(), self.manifest.kv.chunk):
-            yield (
-                step,
-                self._engine.step(step.input_ids_BT, step.start_positions_B, step.token_counts_B, asked_for(step)),
-            )
+            yield step, run(step.input_ids_BT, step.start_positions_B, step.token_counts_B, asked_for(step))
         for index, row in enumerate(rows):
             self._position_B[index] += row.size
             self._seen_BV[index, row] = True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from exporter.bench.report import LeftOut
 from runtime.errors import InputError
 from runtime.manifest import KVInfo
-from runtime.session import MAX_POSITION
+from runtime.position_limits import MAX_POSITION
 
 SHORT = 128
 _WINDOWS = (1, 4, 32)

@@ -47,6 +47,7 @@ class BenchOptions:
     profile: bool = False
     threads: int | None = None
     backend: str | None = None
+    engine: str | None = None
     weights_folder: Path | None = None
     verify: bool = False
 
@@ -68,7 +69,12 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
             f"Ask for fewer, or export the checkpoint again with --max-batch {options.batch}."
         )
     opened = partial(
-        load, path, backend=options.backend, threads=options.threads, weights_folder=options.weights_folder
+        load,
+        path,
+        backend=options.backend,
+        engine=options.engine,
+        threads=options.threads,
+        weights_folder=options.weights_folder,
     )
     threads = physical_cores() if options.threads is None else options.threads
     text = Text(manifest.model.vocab_size, options.batch)

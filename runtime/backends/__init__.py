@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import cast
 
 from runtime.backends.base import Backend, Capabilities, Engine
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, Progress
 from runtime.errors import BackendError
 from runtime.json_files import brief
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.backends.onnxruntime",
+    "tensorrt": "runtime.backends.tensorrt",
 }
 """Name -> module. The first one is the default."""
 
@@ -20,14 +21,24 @@ DEFAULT_BACKEND = next(iter(BACKENDS))
 
 
 def open_engine(
-    bundle: Bundle, *, backend: str | None, device: str | None, threads: int | None, profile: Path | None = None
+    bundle: Bundle,
+    *,
+    backend: str | None,
+    device: str | None,
+    threads: int | None,
+    profile: Path | None = None,
+    engine: str | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """Open `bundle` with the backend and device named (None: the default one, the backend's first device).
 
     profile: a folder, where the backend keeps a profile of all steps until `Engine.end_profile`.
+    engine: the name of one of the bundle's engines, for backends that run those; None takes the one that fits.
+    progress: called with (stage, done, total) where loading takes long.
 
     Raises BackendError, naming what is available, for an unknown backend or device, for a backend whose library is
-    not installed, and for a bundle that the backend cannot run exactly.
+    not installed, for a backend that runs no engines when one is named, and for a bundle that the backend cannot run
+    exactly.
     """
     name = DEFAULT_BACKEND if backend is None else backend
     if name not in BACKENDS:
@@ -39,7 +50,12 @@ def open_engine(
     if threads is not None and (type(threads) is not int or threads < 1):
         raise BackendError(f"`threads` must be a positive integer or None (one per physical core), not {threads!r}.")
     chosen = _supported_device(module.CAPABILITIES, bundle, device)
-    return module.open_engine(bundle, device=chosen, threads=threads, profile=profile)
+    if engine is not None and not module.CAPABILITIES.engines:
+        raise BackendError(
+            f"The backend {name} runs a bundle's graph as it is, not an engine that was built of it such as "
+            f"{brief(engine)}. Leave `engine` out, or name the backend that the engine was built for."
+        )
+    return module.open_engine(bundle, device=chosen, threads=threads, profile=profile, engine=engine, progress=progress)
 
 
 def _supported_device(capabilities: Capabilities, bundle: Bundle, device: str | None) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, Progress
 from runtime.chunking import Int64Array
 from runtime.profile import StepRun
 
@@ -22,7 +22,8 @@ class Capabilities:
     """What a backend can run exactly.
 
     devices: begins with the default. storage_types: in which weights may lie in files, as safetensors spells them.
-    arithmetic: types that it computes in, as in the manifest.
+    arithmetic: types that it computes in, as in the manifest. engines: whether it runs engines that `cierzo build` made
+    of a bundle, so that one of them can be named.
     """
 
     name: str
@@ -30,6 +31,58 @@ class Capabilities:
     kv_dtypes: tuple[str, ...]
     storage_types: tuple[str, ...]
     arithmetic: tuple[str, ...]
+    engines: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What an engine's numbers are, for whoever judges them.
+
+    arithmetic: the type of products: "float32", "float16" or "bfloat16". kv: that of keys and values in the buffers, as
+    in the manifest, or "bfloat16" or "float8". rounds_activations: whether they are rounded to 8 bits before quantised
+    weights. rings: how many buffers of each kind are held: 2 where a step does not write in place.
+    """
+
+    arithmetic: str
+    kv: str
+    rounds_activations: bool
+    rings: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogits:
+    """The highest logits of tokens, best first; of equal ones that of the lower id first.
+
+    values_BRK: float32 [B, R, K]; where a token's logits hold a NaN anywhere, the first of them is NaN and all else
+    means nothing. ids_BRK: int64 [B, R, K].
+    """
+
+    values_BRK: NDArray[np.float32]
+    ids_BRK: Int64Array
+
+
+class TopSteps(Protocol):
+    """Steps of an engine that brings only the highest logits from its device to the host."""
+
+    @property
+    def most(self) -> int:
+        """How many it gives at most."""
+        ...
+
+    def step(
+        self,
+        input_ids: Int64Array,
+        start_positions: Int64Array,
+        token_counts: Int64Array,
+        logit_positions: Int64Array,
+        count: int,
+    ) -> TopLogits:
+        """As `Engine.step`, with R 0 or 1, but only the `count` highest logits: 1 <= count <= most, count <= V."""
+        ...
+
+    def logits(self) -> NDArray[np.float32]:
+        """All logits [B, R, V] of the last of these steps, valid until the next step of the engine."""
+        ...
 
 
 class Engine(Protocol):
@@ -48,6 +101,11 @@ class Engine(Protocol):
     @property
     def kernels(self) -> tuple[str, ...]:
         """The plugin ops of the graph that native kernels run, by name; the others run their function bodies."""
+        ...
+
+    @property
+    def numerics(self) -> Numerics:
+        """In which types it computes and keeps keys and values."""
         ...
 
     @property
@@ -81,12 +139,31 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def top(self) -> TopSteps | None:
+        """Steps that give the highest logits alone; None for an engine whose logits are on the host anyway."""
+        ...
+
 
 class Backend(Protocol):
     """The module of a backend, as the registry sees it."""
 
     CAPABILITIES: Capabilities
 
-    def open_engine(self, bundle: Bundle, *, device: str, threads: int | None, profile: Path | None) -> Engine:
-        """Load `bundle` on `device` with buffers for one row. profile: a folder for a profile of all steps, or None."""
+    def open_engine(
+        self,
+        bundle: Bundle,
+        *,
+        device: str,
+        threads: int | None,
+        profile: Path | None,
+        engine: str | None,
+        progress: Progress | None,
+    ) -> Engine:
+        """Load `bundle` on `device` with buffers for one row.
+
+        profile: a folder for a profile of all steps, or None. engine: which of the bundle's engines to take, None for
+        the one that fits; always None where there are none (`Capabilities.engines`). progress: called with (stage,
+        done, total) while weights are brought to a device.
+        """
         ...

@@ -16,11 +16,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from runtime.backends.base import Capabilities
+from runtime.backends.base import Capabilities, Numerics
 from runtime.backends.cores import physical_cores
 from runtime.backends.memory import available_memory, fits, return_freed_memory
 from runtime.backends.onnxruntime_profile import read_profile
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, Progress
 from runtime.chunking import Int64Array
 from runtime.errors import BackendError, BundleError
 from runtime.estimate import estimate, shortage
@@ -77,7 +77,15 @@ def _made_in_every_step(weights: WeightsInfo, available: int | None, *, native: 
     )
 
 
-def open_engine(bundle: Bundle, *, device: str, threads: int | None, profile: Path | None = None) -> OnnxRuntimeEngine:
+def open_engine(
+    bundle: Bundle,
+    *,
+    device: str,
+    threads: int | None,
+    profile: Path | None = None,
+    engine: None = None,
+    progress: Progress | None = None,
+) -> OnnxRuntimeEngine:
     """Load the bundle's graph on `device` (one of CAPABILITIES.devices) with KV buffers for one row."""
     return OnnxRuntimeEngine(bundle, threads=physical_cores() if threads is None else threads, profile=profile)
 
@@ -147,9 +155,21 @@ class OnnxRuntimeEngine:
         return self._kernels
 
     @property
+    def numerics(self) -> Numerics:
+        """See Engine.numerics."""
+        manifest = self._manifest
+        quantized = manifest.weights.quantization is not None
+        return Numerics(manifest.weights.arithmetic, manifest.kv.dtype, rounds_activations=quantized)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """See Engine.notes."""
         return self._notes
+
+    @property
+    def top(self) -> None:
+        """See Engine.top: the logits are on the host anyway."""
+        return
 
     @property
     def batch(self) -> int:

@@ -18,7 +18,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "reference": frozenset({"torch", "safetensors", "numpy"}),
     "graph_passes": frozenset({"onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy"}),
     "runtime": frozenset(
-        {"numpy", "onnxruntime", "tensorrt", "tensorrt_rtx"}
+        {"numpy", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"}
         | {"tokenizers", "jinja2", "mistral_common", "sentencepiece"}
     ),
     "exporter": frozenset(

@@ -139,3 +139,20 @@ def test_a_damaged_manifest_is_refused(folder: Path, name: str) -> None:
     damage(folder, change)
     with pytest.raises(BundleError, match=re.escape(message)):
         read_bundle(folder)
+
+
+def test_engines_are_listed_and_opened_by_nobody(folder: Path) -> None:
+    assert read_bundle(folder).manifest.engines == {}
+    entry = {"bytes": 5, "sha256": "ab" * 32}
+    damage(folder, lambda manifest: manifest.update(engines={"tensorrt-1": entry}))
+    engines = read_bundle(folder, verify=True).manifest.engines
+    assert {name: (info.bytes, info.sha256) for name, info in engines.items()} == {"tensorrt-1": (5, "ab" * 32)}
+
+
+@pytest.mark.parametrize(
+    "engines", [[], {"a": {"bytes": 5}}, {"a/b": None}, {"..": {"bytes": 5, "sha256": "ab" * 32}}, {"a": 3}, None]
+)
+def test_engines_that_are_none_are_refused(folder: Path, engines: Any) -> None:
+    damage(folder, lambda manifest: manifest.update(engines=engines))
+    with pytest.raises(BundleError, match="engine"):
+        read_bundle(folder)

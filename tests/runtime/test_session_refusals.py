@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime import BackendError, ContextError, InputError, Session, SessionError, TokenizerError, load
-from runtime.session import MAX_POSITION
+from runtime.position_limits import MAX_POSITION
 from tests.support.toy_bundle import ToyModel, write_toy_bundle
 
 

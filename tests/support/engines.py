@@ -28,6 +28,7 @@ SIZES: Mapping[str, Any] = {
     "head_dim": 16,
     "intermediate_size": 96,
     "vocab_size": 128,
+    "options": {"prove": False},
 }
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "window": SIZES,
@@ -40,7 +41,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "context": 32,
     },
     "mixtral": {**SIZES, "architecture": "mixtral"},
-    "int4": {**SIZES, "options": {"weights": "int4"}},
+    "int4": {**SIZES, "options": {"weights": "int4", "prove": False}},
 }
 """Two layers of 4 heads and 2 KV heads, but for `layers`, which has 3."""
 
@@ -104,7 +105,8 @@ def read_kernel_lists(folder: Path) -> dict[str, tuple[KernelCall, ...]]:
 
 
 def _call(written: dict[str, Any]) -> KernelCall:
-    return KernelCall(**{key: tuple(value) if isinstance(value, list) else value for key, value in written.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in written.items()}
+    return KernelCall(**values)
 
 
 def names(tensors: Sequence[str]) -> list[str]:

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX, as far as building, loading and running an engine have it in common."""
