@@ -6,7 +6,16 @@ import argparse
 import subprocess
 import sys
 
-BENCHMARKS = ("in_place", "rolling_decode", "step_profile", "export_memory", "export_large", "fusion", "quantization")
+BENCHMARKS = (
+    "in_place",
+    "rolling_decode",
+    "step_profile",
+    "export_memory",
+    "export_large",
+    "fusion",
+    "quantization",
+    "engine_build",
+)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """From a checkpoint to a bundle: planning, tracing, stitching, saving, validating, and the `cierzo` command.
 
-`export` is the one function for scripts. torch is imported when it is called and not before, so that the command can
-run bundles on a machine without torch.
+`export` and `build_engine` are the functions for scripts. torch is imported when `export` is called and not before, so
+that the command can run bundles on a machine without torch.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from exporter.defaults import DEFAULT_MAX_BATCH, FRONTENDS, WEIGHT_KINDS
+from exporter.defaults import DEFAULT_MAX_BATCH, ENGINE_BACKENDS, ENGINE_WEIGHTS, FRONTENDS, WEIGHT_KINDS
 
-__all__ = ["export"]
+__all__ = ["build_engine", "export"]
 
 
 def export(
@@ -66,3 +66,33 @@ def export(
         frontend=frontend,
         attention=attention,
     )
+
+
+def build_engine(
+    bundle: str | Path,
+    *,
+    backend: str = ENGINE_BACKENDS[0],
+    flavor: str | None = None,
+    compute_capability: str | None = None,
+    arithmetic: str | None = None,
+    kv: str | None = None,
+    plugins: str | Collection[str] | None = None,
+    weights: str = ENGINE_WEIGHTS[0],
+    weights_folder: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Build an engine of a bundle, into the bundle; returns its folder. See `exporter.build.build.build`."""
+    from exporter.build.build import build
+
+    return build(
+        bundle,
+        backend=backend,
+        flavor=flavor,
+        compute_capability=compute_capability,
+        arithmetic=arithmetic,
+        kv=kv,
+        plugins=plugins,
+        weights=weights,
+        weights_folder=weights_folder,
+        progress=progress,
+    ).folder

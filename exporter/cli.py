@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from exporter.cli_bench import bench
+from exporter.cli_build import build
 from exporter.cli_generate import generate
 from exporter.cli_options import (
     EXISTING,
@@ -249,5 +250,6 @@ cli.add_command(generate)
 cli.add_command(validate)
 cli.add_command(bisect)
 cli.add_command(bench)
+cli.add_command(build)
 
 main: Callable[[], None] = cli

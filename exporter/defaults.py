@@ -39,7 +39,8 @@ LAYOUTS = ("huggingface", "native")
 """Layouts of checkpoints that can be asked for; without asking, it is the one that the folder has."""
 
 TRACING, FUSING, WRITING, HASHING, VERIFYING = "tracing", "fusing", "writing weights", "hashing", "verifying"
-BYTE_STAGES = (WRITING, HASHING, VERIFYING)
+TO_THE_GPU = "weights to the GPU"
+BYTE_STAGES = (WRITING, HASHING, VERIFYING, TO_THE_GPU)
 """Stages whose progress counts bytes."""
 
 FRONTENDS = ("reference", "transformers")
@@ -47,3 +48,24 @@ FRONTENDS = ("reference", "transformers")
 
 ATTENTIONS = ("sdpa", "eager")
 """How the front end transformers spells attention; the first one is the default."""
+
+ENGINE_BACKENDS = ("tensorrt",)
+"""Backends that engines are built for; the first one is the default."""
+
+ENGINE_FLAVORS = ("tensorrt", "tensorrt-rtx")
+"""The names in `runtime.tensorrt.flavor.FLAVORS`."""
+
+ARITHMETIC_KINDS = ("bfloat16", "float16", "float32")
+"""Types that an engine can compute in; by default it is the one that the weights are stored in."""
+
+RING_KINDS = (*ARITHMETIC_KINDS, "float8")
+"""Types that an engine's KV rings can have; by default the one that it computes in."""
+
+ENGINE_WEIGHTS = ("weightless", "embedded")
+"""Whether an engine's plans read the bundle's weights when they are loaded (the default), or hold their own."""
+
+BUILDING = "building the {} plan"
+"""The stage of a plan that is built, in percent."""
+
+COMPILING = "compiling CUDA kernels"
+"""The stage in which the plugins' kernels are compiled."""

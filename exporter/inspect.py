@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from exporter.inspect_report import (
     BundleFacts,
+    EngineFacts,
     InspectReport,
     KernelFacts,
     KVUse,
@@ -23,13 +24,14 @@ from exporter.inspect_report import (
     ReceptiveField,
     StoredTensors,
 )
-from runtime.errors import CheckpointError
+from runtime.errors import BundleError, CheckpointError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from reference.checkpoint import Checkpoint
     from reference.config import ModelConfig
+    from runtime.bundle import Bundle
 
 __all__ = [
     "CONTEXTS",
@@ -227,7 +229,28 @@ def _inspect_bundle(folder: Path) -> InspectReport:
             kernels=kernels,
             memory=estimate(manifest, kernels_active=active),
             memory_of_all_rows=estimate(manifest, batch=kv.max_batch, kernels_active=active),
+            engines=tuple(_engine(bundle, name) for name in manifest.engines),
         ),
+    )
+
+
+def _engine(bundle: Bundle, name: str) -> EngineFacts:
+    from runtime.tensorrt.engine_choice import read_engine
+
+    try:
+        info = read_engine(bundle, name)
+    except BundleError as error:
+        return EngineFacts(name, problem=str(error))
+    return EngineFacts(
+        name=name,
+        flavor=info.flavor,
+        version=info.version,
+        compute_capability=info.compute_capability,
+        arithmetic=info.arithmetic,
+        kv=info.kv,
+        plugins=info.plugins,
+        weights=info.weights,
+        bytes=sum(plan.bytes for plan in info.plans.values()),
     )
 
 

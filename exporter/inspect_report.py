@@ -110,13 +110,32 @@ class KernelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """An engine that was built of a bundle; see `runtime.engine_info`. bytes: of its plans.
+
+    problem: why it cannot be read; then nothing else is known of it but its name.
+    """
+
+    name: str
+    flavor: str | None = None
+    version: str | None = None
+    compute_capability: str | None = None
+    arithmetic: str | None = None
+    kv: str | None = None
+    plugins: tuple[str, ...] = ()
+    weights: str | None = None
+    bytes: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BundleFacts:
     """What a manifest says. kv_bytes_per_row and kv_bytes (max_batch rows): 2·B·G·D·bytes·(sum of S over layers).
 
     weights_types: tensors that the graph reads, by stored type. weights_placement: "copied" or "linked" into the
         bundle, or left in a "folder", which is then weights_folder. folded_bytes: see `runtime.manifest.WeightsInfo`.
     quantization: how weights are quantised, in words; None where they are not.
-    files: bytes of all files but the manifest, those with weights included.
+    files: bytes of all files but the manifest and those of engines; those with weights included.
     kernels: on this machine. memory, memory_of_all_rows: what a session takes here for one row and for max_batch.
     """
 
@@ -141,6 +160,7 @@ class BundleFacts:
     kernels: KernelFacts
     memory: MemoryEstimate
     memory_of_all_rows: MemoryEstimate
+    engines: tuple[EngineFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from rich.table import Table
 from exporter.fusion_table import draw_fusion
 from exporter.inspect_report import (
     BundleFacts,
+    EngineFacts,
     InspectReport,
     KernelFacts,
     KVUse,
@@ -41,6 +42,8 @@ def draw(report: InspectReport, console: Console) -> None:
         console.print(_memory_table(report.bundle))
         console.print(_kernel_table(report.bundle.kernels))
         console.print(_file_table(report.bundle.files))
+        if report.bundle.engines:
+            console.print(_engine_table(report.bundle.engines))
         for table in draw_fusion(report.bundle.fusion):
             console.print(table)
 
@@ -244,4 +247,18 @@ def _file_table(files: Mapping[str, int]) -> Table:
     table = _table("Files", "file", "size", "bytes")
     for name, nbytes in files.items():
         table.add_row(escape(name), size(nbytes), f"{nbytes:,}")
+    return table
+
+
+def _engine_table(engines: Sequence[EngineFacts]) -> Table:
+    """Names say most: library, version, compute capability, arithmetic."""
+    table = _table("Engines", "engine", "with", "plans", left=2)
+    table.columns[0].no_wrap = True
+    for engine in engines:
+        if engine.problem is not None:
+            table.add_row(escape(engine.name), escape(engine.problem))
+        else:
+            plugins = f"{len(engine.plugins) or 'no'} plugin{'' if len(engine.plugins) == 1 else 's'}"
+            told = f"{engine.kv} rings\n{plugins}\n{engine.weights}"
+            table.add_row(escape(engine.name), told, size(engine.bytes or 0))
     return table

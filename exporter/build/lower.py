@@ -17,14 +17,16 @@ from graph_passes.lower.arithmetic import ARITHMETIC, RINGS, lower_arithmetic
 from graph_passes.lower.dequantize import dequantize_products
 from graph_passes.lower.packed_attention import pack_attention
 from graph_passes.lower.products import merge_products
-from graph_passes.ops.base import DOMAIN
+from graph_passes.ops import OPS
+from graph_passes.ops.base import DOMAIN, declare_op
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
-from graph_passes.ops.rolling_attention import ROLLING_ATTENTION_INT8
+from graph_passes.ops.rolling_attention import ROLLING_ATTENTION, ROLLING_ATTENTION_INT8
 from graph_passes.ops.stored_matmul import STORED_MATMUL
 from runtime.bundle import Bundle
 from runtime.engine_info import INPUT, REFIT, EngineWeight
-from runtime.errors import BackendError
-from runtime.weight_expression import Cast, Concat, Expression, Rows, Signed, Stored
+from runtime.errors import BackendError, BundleError, FusionError
+from runtime.json_files import brief
+from runtime.weight_expression import Cast, Concat, Expression, Rows, Signed, Stored, files_of, pieces
 
 _SPELLED = {
     ir.DataType.FLOAT: "F32",
@@ -50,8 +52,9 @@ class LoweredGraph:
 def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
     """The graph of `bundle` with products in `arithmetic` and rings of type `kv` (keys of ARITHMETIC and RINGS).
 
-    Inputs and outputs keep the names of the manifest; logits are float32. Raises BackendError for what no engine can
-    take in that arithmetic, FusionError as the passes do.
+    Inputs and outputs keep the names of the manifest; logits are float32. Weights that are rounded into a type of less
+    range are read once. Raises BackendError for what no engine can take in that arithmetic, BundleError for weights
+    whose numbers it does not hold, FusionError as the passes do.
     """
     if arithmetic not in ARITHMETIC or kv not in RINGS:
         raise BackendError(
@@ -60,6 +63,7 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
         )
     model = load_graph(bundle)
     _refuse(model, bundle, arithmetic)
+    _refuse_other_bodies(model, bundle)
     lower_arithmetic(model, arithmetic, kv)
     merge_products(model)
     pack_attention(model)
@@ -68,6 +72,13 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
     weights.detach_all()
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    if kv == "float8":
+        _mark_what_is_beyond(model)
+    for weight in weights.made():
+        _refuse_other_files(bundle, weight)
+        if isinstance(weight.expression, Cast) and weight.expression.to != "F32":
+            for _ in pieces(weight.expression, bundle.file, weights.orders):
+                pass  # made as when it is loaded, which refuses what would become infinite: better here than there
     return LoweredGraph(ir.to_proto(model).SerializeToString(deterministic=True), weights.made(), weights.orders)
 
 
@@ -84,6 +95,42 @@ def _refuse(model: ir.Model, bundle: Bundle, arithmetic: str) -> None:
             f"the type of the scales, not in {arithmetic}. Build with --arithmetic float16 from a bundle with float16 "
             "scales, which is what an export writes by default."
         )
+
+
+def _refuse_other_bodies(model: ir.Model, bundle: Bundle) -> None:
+    """Another Cierzo's ops may take other types or attributes than the passes below write, under the same names."""
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        op = OPS.get(node.op_type)
+        try:
+            if op is None or not op.attributes.keys() <= node.attributes.keys():
+                raise FusionError(f"{node.name}: {node.op_type} is another op here.")
+            declare_op(model, op, {key: node.attributes[key].value for key in op.attributes}, str(node.name))
+        except FusionError as error:
+            raise BackendError(
+                f"The graph of {bundle.path} was written by Cierzo {bundle.manifest.cierzo_version}, whose "
+                f"{node.op_type} is not that of this version, and an engine would compute something else. Export the "
+                "checkpoint again."
+            ) from error
+
+
+def _refuse_other_files(bundle: Bundle, weight: EngineWeight) -> None:
+    known = bundle.manifest.files.keys() | bundle.manifest.weights.files.keys()
+    if other := files_of(weight.expression) - known:
+        raise BundleError(
+            f"The graph of {bundle.path} reads {weight.name} from {brief(other.pop())}, which is no file of the "
+            "bundle. Export the checkpoint again."
+        )
+
+
+def _mark_what_is_beyond(model: ir.Model) -> None:
+    """Numbers that e4m3 cannot hold become NaN in a ring, not its largest number, as in Cierzo's kernels."""
+    for function in model.functions.values():
+        for node in function if function.name == ROLLING_ATTENTION.name else ():
+            like = node.inputs[1] if node.op_type == "CastLike" else None
+            if like is not None and like.name in ROLLING_ATTENTION.inputs[5:7]:
+                node.attributes["saturate"] = ir.AttrInt64("saturate", 0)
 
 
 class _Weights:

@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from safetensors.torch import load_file, save_file
 
+import exporter.build.lower
 from exporter.build.lower import lower_for_engine
 from exporter.bundle_graph import load_graph
 from exporter.compile import export
@@ -20,9 +22,10 @@ from graph_passes.lower.packed_attention import pack_attention
 from graph_passes.lower.products import merge_products
 from runtime.bundle import read_bundle
 from runtime.engine_info import INPUT, REFIT
-from runtime.errors import BackendError, FusionError
+from runtime.errors import BackendError, BundleError, FusionError
 from runtime.weight_expression import pieces
 from tests.support.bundles import Exported, checkpoint, exported, shared_traces
+from tests.support.checkpoints import make_checkpoint
 from tests.support.lowered import lowered_session
 from tests.support.native import as_native
 from tests.support.parity import Judge, random_rows
@@ -127,6 +130,58 @@ def test_refusals() -> None:
     )
     with pytest.raises(FusionError, match="zero points"):
         lower_for_engine(points, "float16", "float16")
+
+
+def test_weights_outside_the_bundle_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = read_bundle(exported(dtype="bfloat16").bundle)
+    model = load_graph(bundle)
+    for value in model.graph.initializers.values():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            value.const_value = ir.ExternalTensor(
+                "../other", tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name)
+            )
+    monkeypatch.setattr(exporter.build.lower, "load_graph", lambda _: model)
+    with pytest.raises(BundleError, match=r"from '../other', which is no file of the bundle"):
+        lower_for_engine(bundle, "float32", "float32")
+
+
+def _without_rounds(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "RollingAttention":
+            node.attribute.remove(next(a for a in node.attribute if a.name == "rounds"))
+
+
+def _other_body(model: onnx.ModelProto) -> None:
+    body = next(function for function in model.functions if function.name == "RMSNorm")
+    body.node[0].op_type = "Neg"
+
+
+def _unknown_op(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if node.op_type == "RMSNorm").op_type = "RMSNorm2"
+
+
+@pytest.mark.parametrize("change", [_without_rounds, _other_body, _unknown_op])
+def test_graphs_of_other_versions_are_refused(
+    change: Callable[[onnx.ModelProto], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = read_bundle(exported(dtype="bfloat16").bundle)
+    proto = onnx.load(bundle.file("model.onnx"), load_external_data=False)
+    change(proto)
+    monkeypatch.setattr(exporter.build.lower, "load_graph", lambda _: ir.from_proto(proto))
+    with pytest.raises(BackendError, match=r"written by Cierzo .*not that of this version.*Export the checkpoint"):
+        lower_for_engine(bundle, "bfloat16", "bfloat16")
+
+
+def test_weights_that_the_arithmetic_cannot_hold_are_refused(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "large", dtype="bfloat16")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = -1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with shared_traces():
+        bundle = read_bundle(export(source, tmp_path / "bundle", chunk=4, prove=False))
+    with pytest.raises(BundleError, match=r"number -9.*infinite in float16.*--arithmetic"):
+        lower_for_engine(bundle, "float16", "float16")
+    assert lower_for_engine(bundle, "bfloat16", "bfloat16").weights
 
 
 def merged(**settings: Any) -> ir.Model:

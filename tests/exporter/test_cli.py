@@ -18,7 +18,7 @@ from exporter.cli import CierzoGroup, Settings, cli
 from exporter.console import explain
 from runtime.errors import CheckpointError, ParityError
 
-COMMANDS = ("inspect", "export", "generate", "validate", "bisect", "bench", "demo")
+COMMANDS = ("inspect", "export", "generate", "validate", "bisect", "bench", "build", "demo")
 
 
 def command_that_raises(error: BaseException) -> click.Group:
@@ -268,11 +268,11 @@ def test_validate_exits_with_the_verdict(
     monkeypatch.setattr("exporter.validate.render", render)
     text = tmp_path / "text"
     text.touch()
-    arguments = ["--backend", "abacus", "--seed", "3", "--verify", "--weights-folder", str(tmp_path)]
+    arguments = ["--backend", "abacus", "--engine", "one", "--seed", "3", "--verify", "--weights-folder", str(tmp_path)]
     arguments += ["--text", str(text), "--max-kl", "0.25"]
     result = run("validate", tmp_path, *arguments, *(["--json"] if as_json else []))
     assert result.exit_code == exit_code
-    options = {"backend": "abacus", "seed": 3, "verify": True, "weights_folder": tmp_path, "progress": None}
+    options = {"backend": "abacus", "engine": "one", "seed": 3, "verify": True, "weights_folder": tmp_path, "progress": None}
     options |= {"text": text, "max_kl": 0.25}
     assert seen == [tmp_path, None, options]
     assert "has no hash of model.safetensors, so only the size was compared" in result.stderr

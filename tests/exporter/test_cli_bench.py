@@ -151,6 +151,7 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path) -> None:
         (("--contexts", "20000000"), "There is no context to measure at: 20,000,000 tokens and 3 to decode"),
         (("--batch", "5"), "The bundle was exported for at most 4 rows, so 5 cannot be measured."),
         (("--backend", "abacus"), "There is no backend 'abacus'."),
+        (("--engine", "one"), "The backend onnxruntime runs a bundle's graph as it is, not an engine"),
     ],
 )
 def test_refusals_are_one_paragraph(toy: Path, arguments: tuple[str, ...], words: str) -> None:

@@ -147,6 +147,7 @@ def test_wrong_usage(toy: Path, arguments: list[str], stdin: str | bytes | None,
         (["", "--ids"], "empty"),
         (["1", "--ids", "--temperature", "-1"], "temperature"),
         (["1", "--ids", "--backend", "abacus"], "abacus"),
+        (["1", "--ids", "--engine", "one"], "not an engine that was built of it such as 'one'"),
     ],
 )
 def test_refusals_of_the_runtime_are_one_paragraph(toy: Path, arguments: list[str], words_of_the_error: str) -> None:

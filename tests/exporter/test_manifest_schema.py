@@ -14,6 +14,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 
 from exporter import export
+from exporter.hashing import own_entry
 from runtime.manifest import SCHEMA_VERSION
 from tests.layout.imports import ROOT
 from tests.support.bundles import checkpoint, exported, shared_traces
@@ -88,6 +89,13 @@ def test_every_key_has_a_description() -> None:
     assert list(walk(SCHEMA, "manifest")) == []
 
 
+def test_engines_are_described(tmp_path: Path) -> None:
+    manifest = copy.deepcopy(manifest_of(exported(chunk=4).bundle))
+    (tmp_path / "engine.json").write_bytes(b"{}")
+    manifest["engines"] = {"tensorrt-1": own_entry(tmp_path / "engine.json")}
+    assert complaints(manifest) == []
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a key less": lambda m: m["kv"].pop("position_limit"),
     "a key more": lambda m: m["weights"].update(dtype="fp32"),
@@ -96,6 +104,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no hash": lambda m: m["files"]["model.onnx"].update(sha256=None),
     "another type": lambda m: m["weights"].update(types={"F64": 3}),
     "another placement": lambda m: m["weights"].update(placement="sent"),
+    "an engine without a hash": lambda m: m.update(engines={"tensorrt-1": {"bytes": 5}}),
     "another block": lambda m: m["weights"].update(quantization={"bits": 4, "block_size": 48}),
     "a ring without slots": lambda m: m["kv"]["layers"][0].update(capacity=0),
 }

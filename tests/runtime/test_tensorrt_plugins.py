@@ -13,7 +13,7 @@ import pytest
 from runtime.errors import BackendError
 from runtime.kernels.cuda.launch import DeviceLimits
 from runtime.kernels.cuda.rolling_attention import rolling_attention_workspace_bytes
-from runtime.tensorrt_plugins.callbacks import PluginCallbacks
+from runtime.tensorrt_plugins.callbacks import PluginCallbacks, PreparingLauncher
 from tests.kernels.cuda.moe_cases import Mixture, mixture, truth_and_allowed
 from tests.kernels.cuda.rolling_cases import (
     RollingCase,
@@ -115,7 +115,17 @@ def test_kernels_are_prepared_once_for_a_shape_and_known_when_an_engine_is_built
 def test_a_shape_that_was_not_announced_is_prepared_when_it_comes() -> None:
     plugin, workspace_bytes = rolling_plugin(CpuDevice(), CHUNK)
     plugin.running.on_shape_change = lambda inputs, outputs: None
+    launchers, enqueue = plugin.shared.launchers, plugin.running.enqueue
+    streams: list[int] = []
+
+    def noted(stream: int) -> PreparingLauncher:
+        streams.append(stream)
+        return launchers(stream)
+
+    plugin.running.shared = replace(plugin.shared, launchers=noted)
+    plugin.running.enqueue = lambda *arguments: enqueue(*arguments[:-1], 0x57)
     run_rolling(plugin, ONE, plugin.device.empty((workspace_bytes,), np.uint8))
+    assert set(streams) == {0x57}  # another one does not tell whether this one is captured, and nothing may be loaded
 
 
 @pytest.mark.parametrize(("planned", "here", "needs_more"), [(1, 400, True), (1, 1, False), (400, 1, False)])

@@ -253,6 +253,8 @@ def test_files_that_hold_less_are_refused(files: Files) -> None:
 def test_orders_that_do_not_fit_are_refused(files: Files) -> None:
     stored, wide = files.add("a", numbers((4, 4), "F32"), "F32"), files.add("a", numbers((4, 5), "F32"), "F32")
     with pytest.raises(BundleError, match="order 'o'"):
-        value(Rows(stored, "o"), files, {"o": [0, 4]})
+        value(Rows(stored, "o"), files, {"o": [0, 1, 2, 4]})
+    with pytest.raises(BundleError, match="order 'o': 4 rows and 5 places"):
+        value(Rows(stored, "o"), files, {"o": [0, 1, 2, 3, 3]})
     with pytest.raises(BundleError, match="order 'o'"):
         value(Rows(Concat((stored, wide)), "o"), files, {"o": [0]})

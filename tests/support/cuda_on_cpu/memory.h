@@ -55,6 +55,8 @@ inline void copy_async_16(void* to_shared, const void* from_global, bool valid, 
         thread.copy_room = thread.copy_room ? 2 * thread.copy_room : 64;
         thread.copies = static_cast<Copy*>(realloc(thread.copies, thread.copy_room * sizeof(Copy)));
     }
+    for (u32 i = thread.first_copy; i < thread.last_copy; i++)
+        if (thread.copies[i].to == to_shared) fail("a copy to the same bytes is under way: either may land last");
     memset(to_shared, 0xff, 16);
     thread.copies[thread.last_copy++] = {static_cast<u8*>(to_shared), static_cast<const u8*>(from_global), valid,
                                          thread.committed};

@@ -1,0 +1,1 @@
+"""Building engines out of bundles: `cierzo build`."""

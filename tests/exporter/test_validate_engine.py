@@ -1,0 +1,34 @@
+"""`validate` of a built engine: judged by what it computes in, whatever the bundle's graph would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from exporter.validate import validate
+from runtime import Session
+from tests.support.bundles import exported
+from tests.support.engine_doubles import ROLLING, weightless
+
+
+@pytest.mark.parametrize("plugins", [ROLLING, ()], ids=["in place", "turning"])
+@pytest.mark.parametrize("arithmetic", ["float32", "float16"])
+def test_an_engine_is_judged_by_its_own_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, arithmetic: str, plugins: tuple[str, ...]
+) -> None:
+    case = exported(dtype="bfloat16")
+    seen: list[Any] = []
+
+    def load(bundle: Any, **options: Any) -> Session:
+        seen.append((bundle, options["backend"], options["engine"]))
+        return weightless(case.bundle, arithmetic=arithmetic, plugins=plugins).session
+
+    monkeypatch.setattr("exporter.validate.load", load)
+    report = validate(case.bundle, backend="tensorrt", engine="one")
+    assert seen == [(case.bundle, "tensorrt", "one")]
+    assert [check for check in report.checks if check.passed is False] == []
+    assert report.passed
+    assert (report.dtype, report.backend) == (arithmetic, "tensorrt")
+    assert report.position_errors
+    assert (max(report.position_errors) > 1e-5) == (arithmetic == "float16")
