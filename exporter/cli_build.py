@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from exporter.cli_options import EXISTING, json_option, weights_folder_option
-from exporter.console import output, print_json, progress_bars
+from exporter.console import new_table, output, print_json, progress_bars
 from exporter.defaults import ARITHMETIC_KINDS, ENGINE_BACKENDS, ENGINE_FLAVORS, ENGINE_WEIGHTS, RING_KINDS
 
 if TYPE_CHECKING:
@@ -120,16 +120,11 @@ def to_json(built: BuiltEngine) -> dict[str, Any]:
 
 def draw(built: BuiltEngine) -> Table:
     """What a step runs: kernels by what they do, a row for each profile of each plan."""
-    from rich import box
-    from rich.table import Table
-
     from exporter.build.kernels import KINDS
 
     info = built.info
     title = f"{info.flavor} {info.version}, compute capability {info.compute_capability}, {info.arithmetic}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(("plan", "rows", "tokens", "MB", "seconds", *(_COLUMNS[kind] for kind in KINDS))):
-        table.add_column(column, justify="left" if index == 0 else "right")
+    table = new_table(title, "plan", "rows", "tokens", "MB", "seconds", *(_COLUMNS[kind] for kind in KINDS))
     for name, plan in info.plans.items():
         for index, (profile, counts) in enumerate(zip(plan.profiles, built.kernels[name], strict=True)):
             whole = (name, f"{plan.bytes / 1e6:,.1f}", f"{built.seconds[name]:.1f}") if index == 0 else ("", "", "")

@@ -1,4 +1,4 @@
-"""What the command shows: progress bars and errors on stderr, results on stdout.
+"""What the command shows: progress bars and errors on stderr, results and their tables on stdout.
 
 rich is imported when something is drawn, so that `cierzo --help` answers at once.
 """
@@ -22,6 +22,7 @@ from exporter.defaults import BYTE_STAGES
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 ProgressCallback = Callable[[str, int, int], None]
 
@@ -43,6 +44,34 @@ def output() -> Console:
             raise BrokenPipeError
 
     return Output(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def new_table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns hold words and the others numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    return table
+
+
+def facts_table(title: str, rows: Mapping[str, object]) -> Table:
+    """A table of names and values, without those that are None."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False, show_header=False
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, escape(f"{value:,}" if type(value) is int else str(value)))
+    return table
 
 
 def prepare_streams() -> None:

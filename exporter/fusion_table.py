@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
+
+from exporter.console import new_table
 
 
 def draw_fusion(fusion: Mapping[str, Any]) -> list[Table]:
@@ -23,12 +24,8 @@ def draw_fusion(fusion: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _new_table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
 def _node_table(nodes: Mapping[str, int]) -> Table:
-    table = _new_table("Plugin nodes of the model")
+    table = new_table("Plugin nodes of the model")
     table.add_column("op")
     table.add_column("nodes", justify="right")
     for op, number in nodes.items():
@@ -38,7 +35,7 @@ def _node_table(nodes: Mapping[str, int]) -> Table:
 
 
 def _pass_table(passes: Sequence[Mapping[str, Any]], fusions: Sequence[Mapping[str, Any]]) -> Table:
-    table = _new_table("Passes over the template (one layer of each kind)")
+    table = new_table("Passes over the template (one layer of each kind)")
     for column, justify in (("pass", "left"), ("fused", "right"), ("in", "left"), ("proof error", "right")):
         table.add_column(column, justify="left" if justify == "left" else "right", overflow="fold")
     table.add_column("nodes", justify="right", no_wrap=True)

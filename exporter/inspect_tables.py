@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from exporter.console import facts_table, new_table
 from exporter.fusion_table import draw_fusion
 from exporter.inspect_report import (
     BundleFacts,
@@ -68,27 +68,6 @@ def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
-def _table(title: str, *columns: str, left: int = 1) -> Table:
-    """A table whose first `left` columns hold words and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    return table
-
-
-def _facts(title: str, rows: Mapping[str, object]) -> Table:
-    """A table of names and values, without those that are None."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False, show_header=False
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        if value is not None:
-            table.add_row(name, escape(f"{value:,}" if type(value) is int else str(value)))
-    return table
-
-
 def _model_table(report: InspectReport) -> Table:
     model, total = report.model, report.parameters.total
     active = report.parameters.active
@@ -98,7 +77,7 @@ def _model_table(report: InspectReport) -> Table:
     experts = f"{model.num_experts}, of which each token visits {model.top_k}" if model.num_experts else None
     sharing = {model.num_heads: "MHA", 1: "MQA"}.get(model.num_kv_heads, "GQA")
     rope = None if model.rope_type is None else f"{model.rope_type}, theta {model.rope_theta:,.0f}"
-    return _facts(
+    return facts_table(
         "",
         {
             "architecture": model.architecture,
@@ -122,7 +101,7 @@ def _model_table(report: InspectReport) -> Table:
 
 
 def _parameter_table(parameters: ParameterCount) -> Table:
-    table = _table("Parameters", "part", "count", "exact", "share")
+    table = new_table("Parameters", "part", "count", "exact", "share")
     for group, number in (parameters.groups or {}).items():
         table.add_row(_LABELS.get(group, group), count(number), f"{number:,}", _share(number, parameters.total))
     table.add_section()
@@ -151,7 +130,7 @@ def _reach_table(field: ReceptiveField) -> Table:
         equal = len(set(windows)) == 1
         rows["receptive field"] = f"{field.exact:,} tokens exactly, {'L·(W − 1) + 1' if equal else '1 + Σ(W − 1)'}"
         rows["customarily quoted"] = f"{field.customary:,} tokens, {'L·W' if equal else 'ΣW'}"
-    return _facts("Attention", rows)
+    return facts_table("Attention", rows)
 
 
 def _ranges(indices: Sequence[int]) -> str:
@@ -166,7 +145,7 @@ def _ranges(indices: Sequence[int]) -> str:
 def _kv_table(uses: Sequence[KVUse]) -> Table:
     slides = any(use.windowed_fp32 < use.full_fp32 for use in uses)
     columns = ("fp32", "fp32, no window", "fp16", "fp16, no window") if slides else ("fp32", "fp16")
-    table = _table("KV memory of one sequence", "context", *columns, left=0)
+    table = new_table("KV memory of one sequence", "context", *columns, left=0)
     for use in uses:
         windowed, full = (use.windowed_fp32, use.windowed_fp16), (use.full_fp32, use.full_fp16)
         amounts = (windowed[0], full[0], windowed[1], full[1]) if slides else full
@@ -183,7 +162,7 @@ def _stored_table(stored: StoredTensors) -> Table:
         "size": size(stored.bytes),
         "unused": unused,
     }
-    return _facts("On disk", rows)
+    return facts_table("On disk", rows)
 
 
 def _types(numbers: Mapping[str, int]) -> str:
@@ -192,7 +171,7 @@ def _types(numbers: Mapping[str, int]) -> str:
 
 def _bundle_table(bundle: BundleFacts) -> Table:
     slots = ", ".join(f"{len(list(run))} x {capacity:,}" for capacity, run in groupby(bundle.capacities))
-    return _facts(
+    return facts_table(
         "Bundle",
         {
             "written by": f"Cierzo {bundle.cierzo_version}, opset {bundle.opset}",
@@ -215,7 +194,7 @@ def _memory_table(bundle: BundleFacts) -> Table:
     if bundle.max_batch > 1:
         sessions.append(bundle.memory_of_all_rows)
         columns.append(f"{bundle.max_batch} rows")
-    table = _table("Memory of a session on this machine", "part", *columns)
+    table = new_table("Memory of a session on this machine", "part", *columns)
     for part, name in (
         ("weights, read from their files", "weights"),
         ("weights made at load", "folded"),
@@ -231,7 +210,7 @@ def _memory_table(bundle: BundleFacts) -> Table:
 
 
 def _kernel_table(kernels: KernelFacts) -> Table:
-    return _facts(
+    return facts_table(
         "Native kernels on this machine",
         {
             "library": kernels.library,
@@ -244,7 +223,7 @@ def _kernel_table(kernels: KernelFacts) -> Table:
 
 
 def _file_table(files: Mapping[str, int]) -> Table:
-    table = _table("Files", "file", "size", "bytes")
+    table = new_table("Files", "file", "size", "bytes")
     for name, nbytes in files.items():
         table.add_row(escape(name), size(nbytes), f"{nbytes:,}")
     return table
@@ -252,7 +231,7 @@ def _file_table(files: Mapping[str, int]) -> Table:
 
 def _engine_table(engines: Sequence[EngineFacts]) -> Table:
     """Names say most: library, version, compute capability, arithmetic."""
-    table = _table("Engines", "engine", "with", "plans", left=2)
+    table = new_table("Engines", "engine", "with", "plans", left=2)
     table.columns[0].no_wrap = True
     for engine in engines:
         if engine.problem is not None:

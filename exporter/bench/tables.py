@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from exporter.bench.profile import BODY, KERNEL
 from exporter.bench.report import BenchReport, Prefill, Profile, Spread
+from exporter.console import facts_table, new_table
 from exporter.inspect_tables import count, size
 
 _SHOWN = 16
@@ -26,7 +26,7 @@ def draw(report: BenchReport, console: Console) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     console.print(f"[bold]{escape(report.bundle)}[/bold]", soft_wrap=True)
     console.print(
-        _facts(
+        facts_table(
             "",
             {
                 "model": f"{model['architecture']}, {count(model['parameters'])} parameters ({model['weights']})",
@@ -58,24 +58,6 @@ def _kernels(kernels: Mapping[str, Any]) -> str:
     return f"{kernels['isa']}, for {', '.join(kernels['ops']) or 'none of the nodes of this graph'}"
 
 
-def _table(title: str, *columns: str, left: int = 1) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    return table
-
-
-def _facts(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False, show_header=False
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in rows.items():
-        table.add_row(name, escape(text))
-    return table
-
-
 def number(value: float | None) -> str:
     """Three digits, whole from a hundred on; - for what is unknown."""
     if value is None:
@@ -100,7 +82,7 @@ def _range(spread: Spread, unit: float = 1.0) -> str:
 def _limits_table(report: BenchReport) -> Table:
     limits = report.limits
     threads = plural(report.options["threads"], "thread")
-    table = _table(f"The machine's limits on {threads}", "limit", "median", "range")
+    table = new_table(f"The machine's limits on {threads}", "limit", "median", "range")
     rows = [
         ("memory read, GB/s", limits.read_bandwidth, 1e9),
         ("float32 product, Gop/s", limits.float_operations, 1e9),
@@ -115,7 +97,7 @@ def _limits_table(report: BenchReport) -> Table:
 
 
 def _speed_table(report: BenchReport) -> Table:
-    table = _table(
+    table = new_table(
         "Speed", "context", "prefill tok/s", "range", "of peak", "decode tok/s", "range", "ms", "of bandwidth", left=0
     )
     for at in report.contexts:
@@ -156,7 +138,7 @@ def _memory_table(report: BenchReport) -> Table:
         "at most": memory.peak,
         "KV buffers": memory.kv_bytes,
     }
-    return _facts(
+    return facts_table(
         "Memory",
         {
             name: value if isinstance(value, str) else "-" if value is None else size(value)
@@ -166,7 +148,7 @@ def _memory_table(report: BenchReport) -> Table:
 
 
 def _reads_table(report: BenchReport) -> Table:
-    table = _table("Read by a decode step", "op", "nodes", "weights", "how known")
+    table = new_table("Read by a decode step", "op", "nodes", "weights", "how known")
     for read in report.step.reads:
         table.add_row(read.op, str(read.nodes), size(read.bytes), "counted" if read.counted else "from the graph")
     table.add_section()
@@ -177,7 +159,7 @@ def _reads_table(report: BenchReport) -> Table:
 
 
 def _profile_table(phase: str, profile: Profile) -> Table:
-    table = _table(
+    table = new_table(
         f"Where the time goes: {phase}, {plural(profile.tokens, 'token')} after {profile.context:,} "
         f"(mean of {plural(profile.steps, 'step')})",
         "op", "runs as", "nodes", "ms", "share", "GB/s", "Gop/s", left=2,

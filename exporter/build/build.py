@@ -34,8 +34,9 @@ from runtime.engine_info import (
     engine_to_json,
 )
 from runtime.errors import BackendError
-from runtime.kernels.cuda.compiler import compile_kernel
+from runtime.kernels.cuda.compiler import SUPPORTED_ARCHITECTURES, compile_kernel
 from runtime.kernels.cuda.launch import Kernel
+from runtime.kernels.cuda.top_logits import MOST_IDS, MOST_KEPT, TopProblem, top_logits_kernels
 from runtime.weight_expression import files_of
 
 KERNELS_FILE = "kernels.json"
@@ -117,7 +118,8 @@ def build(
 
         result = run_job(job, report)
         graph.unlink()
-        compiled = _compile(result["launched"], options.compute_capability, progress)
+        launched = [Kernel(each["source"], each["name"], each["definitions"]) for each in result["launched"]]
+        compiled = _compile([*launched, *_choosing(opened, options)], options, progress)
         (folder / KERNELS_FILE).write_text(json.dumps(_kernel_lists(result), indent=1) + "\n", encoding="utf-8")
         info = _info(opened, options, lowered, job, folder)
         (folder / ENGINE_FILE).write_text(json.dumps(engine_to_json(info), indent=1) + "\n", encoding="utf-8")
@@ -195,13 +197,26 @@ def _kernel_lists(result: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {"summary": plan["summary"], "kernels": plan["kernels"]} for name, plan in result["plans"].items()}
 
 
-def _compile(launched: Collection[Mapping[str, Any]], capability: str, progress: Progress | None) -> int:
-    """Compile what plugins will launch into the kernel cache, so that loading the engine here compiles nothing."""
-    major, minor = (int(part) for part in capability.split("."))
+def _choosing(bundle: Bundle, options: BuildOptions) -> Collection[Kernel]:
+    """The kernels that choose the highest logits, one or as many as they can; none for a GPU that has none."""
+    if _capability(options) not in SUPPORTED_ARCHITECTURES:
+        return ()
+    vocabulary = min(bundle.manifest.model.vocab_size, MOST_IDS)
+    counts = (1, min(MOST_KEPT, vocabulary))
+    return dict.fromkeys(kernel for k in counts for kernel in top_logits_kernels(TopProblem(1, vocabulary, k)))
+
+
+def _capability(options: BuildOptions) -> tuple[int, int]:
+    major, minor = (int(part) for part in options.compute_capability.split("."))
+    return major, minor
+
+
+def _compile(launched: Collection[Kernel], options: BuildOptions, progress: Progress | None) -> int:
+    """Compile what an engine will launch into the kernel cache, so that loading it here compiles nothing."""
     for index, kernel in enumerate(launched):
         if progress is not None:
             progress(COMPILING, index, len(launched))
-        compile_kernel(Kernel(kernel["source"], kernel["name"], kernel["definitions"]), (major, minor))
+        compile_kernel(kernel, _capability(options))
     if progress is not None and launched:
         progress(COMPILING, len(launched), len(launched))
     return len(launched)

@@ -14,6 +14,7 @@ import onnx_ir.passes.common as common
 
 from exporter.bundle_graph import load_graph
 from graph_passes.lower.arithmetic import ARITHMETIC, RINGS, lower_arithmetic
+from graph_passes.lower.bodies import refresh_bodies
 from graph_passes.lower.dequantize import dequantize_products
 from graph_passes.lower.packed_attention import pack_attention
 from graph_passes.lower.products import merge_products
@@ -64,6 +65,7 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
     model = load_graph(bundle)
     _refuse(model, bundle, arithmetic)
     _refuse_other_bodies(model, bundle)
+    refresh_bodies(model)
     lower_arithmetic(model, arithmetic, kv)
     merge_products(model)
     pack_attention(model)

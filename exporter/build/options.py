@@ -112,6 +112,8 @@ def require_nodes(
 ) -> None:
     """Raises BackendError for plugins that were asked for by name and have no node to run in the graph."""
     missing = [name for name in chosen if name not in found]
+    if not _attention().isdisjoint(found):
+        missing = [name for name in missing if name not in _attention()]
     if missing and asked not in (None, ALL):
         raise BackendError(
             f"The graph of {bundle.path} has no node for the plugin {missing[0]}. Build with --plugins all, which "
@@ -138,6 +140,9 @@ def _plugins(asked: str | Collection[str] | None, arithmetic: str) -> tuple[str,
         raise BackendError(
             f"There is no plugin {unknown[0]!r}. Available: {', '.join(sorted(OPERATIONS))}; or {ALL}, or {NONE}."
         )
+    # One graph may have nodes of all of them, and rings are either written in place throughout or not at all.
+    if not _attention().isdisjoint(names):
+        names = tuple(sorted({*names, *_attention()}))
     if names and not narrow:
         raise BackendError(
             f"Cierzo's TensorRT plugins compute in bfloat16 or float16, not in {arithmetic}. Build with --arithmetic "

@@ -94,7 +94,8 @@ def _is(node: ir.Node | None, op: str) -> bool:
 def _is_router(node: ir.Node) -> bool:
     """Whether a product makes router logits: few of them, and a rounded one may send a token to another expert."""
     readers = [use.node for use in node.outputs[0].uses()]
-    return _is(node, STORED_MATMUL.name) and bool(readers) and all(_is(reader, MOE_GATE.name) for reader in readers)
+    product = _is(node, STORED_MATMUL.name) or _is(node, QUANTIZED_MATMUL.name)
+    return product and bool(readers) and all(_is(reader, MOE_GATE.name) for reader in readers)
 
 
 def _give(value: ir.Value, dtype: ir.DataType | None) -> None:
@@ -105,7 +106,7 @@ def _give(value: ir.Value, dtype: ir.DataType | None) -> None:
 
 def _all_wide(model: ir.Model, node: ir.Node, casts: dict[tuple[ir.Value, ir.DataType], ir.Value]) -> None:
     for index, value in enumerate(node.inputs):
-        if value is not None and value.dtype in _FLOATS and not (index == 1 and _is_router(node)):
+        if value is not None and value.dtype in _FLOATS and not (index > 0 and _is_router(node)):
             _read_as(model, node, index, ir.DataType.FLOAT, casts)
     # What it gives out was float32, an integer or a boolean before, and is so still.
 

@@ -79,6 +79,12 @@ def _dequantized(
             f"{node.name}: rows of {K} weights are no whole number of blocks of {size}. Export with a --block-size "
             "that divides them."
         )
+    if scale_type not in (scale.dtype, ir.DataType.FLOAT):
+        raise FusionError(
+            f"{node.name}: the weights have {_called(scale.dtype)} scales, which would be rounded again, to "
+            f"{_called(scale_type)}. Export the checkpoint with scales of one type: with --weights fp32 if it is "
+            "quantised already, or the original one with --scales."
+        )
     fuses = bits == min(SIGNED)  # eight bits are dequantised by a kernel of its own, wherever they come from
     numbers = bind(packed, SIGNED[bits], shape, fuses)
     scales = bind(scale, scale_type, [*leading, K // size], fuses)
@@ -89,6 +95,11 @@ def _dequantized(
     )
     model.graph.insert_before(node, dequantize)
     return made
+
+
+def _called(dtype: ir.DataType | None) -> str:
+    assert dtype is not None
+    return {ir.DataType.FLOAT: "float32"}.get(dtype, dtype.name.lower())
 
 
 def _replace(

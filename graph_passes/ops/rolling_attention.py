@@ -13,7 +13,7 @@ import numpy as np
 from graph_passes.ops.base import Arrays, Attributes, PluginOp, Shapes
 from graph_passes.ops.rolling_kv import ROLLING_KV_WRITE
 from graph_passes.ops.rotary_embedding import ROTARY_EMBEDDING
-from graph_passes.ops.sliding_window_attention import FULL, SLIDING_WINDOW_ATTENTION, boundary_rows, visible_pairs
+from graph_passes.ops.sliding_window_attention import SLIDING_WINDOW_ATTENTION, example_rows
 
 _TURNED = """
     query_BHTD = Transpose <perm = [0, 2, 1, 3]> (query_BTHD)
@@ -106,26 +106,16 @@ def _int8_body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Rows at every border of window and ring, two at a time, with two query heads on one small key head.
+    """Rows at every border of window and ring, with two query heads on one small key head.
 
     Cosine and sine are not on the unit circle, so that nothing cancels.
     """
-    window = int(attributes["window"])
-    for tokens in (1, 2, 5):
-        slots = max(window, 4) + tokens - 1
-        start, count = boundary_rows(window, tokens, slots)
-        if window == FULL:  # a full-attention buffer is never wrapped
-            inside = start + tokens <= slots
-            start, count = start[inside], count[inside]
-        each = [(start[[row]], count[[row]]) for row in range(len(start))]
-        seen = [visible_pairs(*row, tokens, slots, window).any(axis=-1).all() for row in each]
-        rows = np.flatnonzero(seen)
-        for pair in np.resize(rows, (-(-len(rows) // 2), 2)):
-            query = rng.standard_normal((2, tokens, 2, 4), dtype=np.float32)
-            key, value = rng.standard_normal((2, 2, tokens, 1, 4), dtype=np.float32)
-            cos, sin = rng.standard_normal((2, 2, tokens, 2), dtype=np.float32)
-            past_key, past_value = rng.standard_normal((2, 2, 1, slots, 4), dtype=np.float32)
-            yield query, key, value, cos, sin, past_key, past_value, start[pair], count[pair]
+    for tokens, slots, start, count in example_rows(int(attributes["window"])):
+        query = rng.standard_normal((2, tokens, 2, 4), dtype=np.float32)
+        key, value = rng.standard_normal((2, 2, tokens, 1, 4), dtype=np.float32)
+        cos, sin = rng.standard_normal((2, 2, tokens, 2), dtype=np.float32)
+        past_key, past_value = rng.standard_normal((2, 2, 1, slots, 4), dtype=np.float32)
+        yield query, key, value, cos, sin, past_key, past_value, start, count
 
 
 _INPUTS = ("query_BTHD", "key_BTGD", "value_BTGD", "cos_BTd", "sin_BTd", "past_key_BGSD", "past_value_BGSD")
@@ -142,13 +132,16 @@ ROLLING_ATTENTION = PluginOp(
     calls=_CALLS,
 )
 """query [B, T, H, D], key and value [B, T, G, D], float32 or what an engine computes in (float16, bfloat16); cos and
-sin [B, T, D/2] float32; rings [B, G, S, D] float32, float16 or bfloat16; start and count int64 [B]; to attended
-[B, T, H, D], as the query, and the rings after the write. Queries and keys are turned in the type of cos and sin.
+sin [B, T, D/2] float32; rings [B, G, S, D] float32, float16, bfloat16 or float8 (e4m3, without a scale); start and
+count int64 [B]; to attended [B, T, H, D], as the query, and the rings after the write. Queries and keys are turned in
+the type of cos and sin.
 
-What becomes infinite in a ring is stored as NaN. A runtime binds past and present to one buffer. scale, window,
-interleaved: see the three ops that the body calls. rounds: 1 allows a runtime to round queries, keys, values and
-weights of attention to bfloat16 before they are multiplied, where a row has several tokens in a step, as long as it
-adds in float32; 0, or none, does not. What the rings hold is not rounded by it, and the body never rounds.
+What becomes infinite in a ring, or is beyond what float8 holds, is stored as NaN. (The body clips to float8, since ONNX
+lets only casts to that type say otherwise; `exporter.build.lower` makes them say so.) A runtime binds past and present
+to one buffer. scale, window, interleaved: see the three ops that the body calls. rounds: 1 allows a runtime to round
+queries, keys, values and weights of attention to bfloat16 before they are multiplied, where a row has several tokens in
+a step, as long as it adds in float32; 0, or none, does not. What the rings hold is not rounded by it, and the body
+never rounds.
 """
 
 

@@ -77,9 +77,12 @@ def boundary_rows(window: int, tokens: int, slots: int) -> tuple[npt.NDArray[np.
     return np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows], np.int64)
 
 
-def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Two query heads on one small key head: the sizes do not enter the arithmetic of positions. T = 1, 2 and 5."""
-    window = int(attributes["window"])
+def example_rows(window: int) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Rows at every border, two at a time: T = 1, 2 and 5, slots S of a ring that holds them, start [2] and count [2].
+
+    Two, since one row alone could lend its positions to others; more would be too large for a window of 32,768. An odd
+    last one goes with the first.
+    """
     for tokens in (1, 2, 5):
         slots = max(window, 4) + tokens - 1
         start, count = boundary_rows(window, tokens, slots)
@@ -89,12 +92,16 @@ def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) 
         each = [(start[[row]], count[[row]]) for row in range(len(start))]
         seen = [visible_pairs(*row, tokens, slots, window).any(axis=-1).all() for row in each]
         rows = np.flatnonzero(seen)  # without padding that sees no key: its output is unspecified
-        # Two rows at a time, since one row alone could lend its positions to others; more would be too large for a
-        # window of 32,768. An odd last one goes with the first.
         for pair in np.resize(rows, (-(-len(rows) // 2), 2)):
-            query = rng.standard_normal((2, 2, tokens, 4), dtype=np.float32)
-            key, value = rng.standard_normal((2, 2, 1, slots, 4), dtype=np.float32)
-            yield query, key, value, start[pair], count[pair]
+            yield tokens, slots, start[pair], count[pair]
+
+
+def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
+    """Two query heads on one small key head: the sizes do not enter the arithmetic of positions."""
+    for tokens, slots, start, count in example_rows(int(attributes["window"])):
+        query = rng.standard_normal((2, 2, tokens, 4), dtype=np.float32)
+        key, value = rng.standard_normal((2, 2, 1, slots, 4), dtype=np.float32)
+        yield query, key, value, start, count
 
 
 SLIDING_WINDOW_ATTENTION = PluginOp(

@@ -210,19 +210,22 @@ class PluginCallbacks:
                     f"{self.signature.outputs[output].name} must lie where {self.signature.inputs[source].name} does. "
                     "Give the engine one address for both."
                 )
-        problem, as_planned = self._prepared(tuple(_extents(x.dims) for x in input_desc), input_desc)
+        problem, as_planned = self._prepared(tuple(_extents(x.dims) for x in input_desc), input_desc, stream)
         launcher: Launcher = self.shared.launchers(stream)
         if as_planned:
             launcher = PlannedLauncher(launcher, self.planned)
         self.operation.launch(launcher, problem, inputs, outputs, workspace)
 
-    def _prepared(self, shapes: Shapes, inputs: Sequence[Any]) -> tuple[Any, bool]:
-        """The problem of these shapes, with its kernels loaded; and whether it has to be divided as planned."""
+    def _prepared(self, shapes: Shapes, inputs: Sequence[Any], stream: int = 0) -> tuple[Any, bool]:
+        """The problem of these shapes, with its kernels loaded; and whether it has to be divided as planned.
+
+        stream: where they will run, if that is known; nothing is loaded while it is captured.
+        """
         known = self._ready.get(shapes)
         if known is not None:
             return known
         problem = self._problem([(_type_name(x.type), shape) for x, shape in zip(inputs, shapes, strict=True)])
-        launcher = self.shared.launchers(0)
+        launcher = self.shared.launchers(stream)
         limits = launcher.limits
         if limits.compute_capability != self.planned.compute_capability:
             made, here = (".".join(map(str, x.compute_capability)) for x in (self.planned, limits))

@@ -102,9 +102,14 @@ def test_the_kernels_that_plugins_launch_are_compiled_for_that_gpu(
     folder = exporter.build_engine(opened.path, compute_capability="8.6", progress=lambda *report: told.append(report))
     assert read_engine(read_bundle(opened.path), folder.name).compute_capability == "8.6"
     compiled = sorted(path.name.split("-sm_")[0] for path in cache_folder().iterdir())
-    assert compiled == ["rolling_decode", "rolling_prefill", "rolling_write"]
+    assert sorted({name for name in compiled if not name.startswith("top")}) == [
+        "rolling_decode",
+        "rolling_prefill",
+        "rolling_write",
+    ]
+    assert {name for name in compiled if name.startswith("top")}
     assert all("-sm_86-" in path.name for path in cache_folder().iterdir())
-    for stage, total in ((BUILDING.format(PREFILL), 100), (BUILDING.format(DECODE), 100), (COMPILING, 3)):
+    for stage, total in ((BUILDING.format(PREFILL), 100), (BUILDING.format(DECODE), 100), (COMPILING, len(compiled))):
         reports = [(done, of) for name, done, of in told if name == stage]
         assert reports == sorted(reports)
         assert reports[-1] == (total, total)

@@ -18,6 +18,7 @@ from exporter.bundle_graph import load_graph
 from exporter.compile import export
 from exporter.recipes import parameters, value_of
 from graph_passes.lower.arithmetic import lower_arithmetic
+from graph_passes.lower.bodies import refresh_bodies
 from graph_passes.lower.packed_attention import pack_attention
 from graph_passes.lower.products import merge_products
 from runtime.bundle import read_bundle
@@ -264,3 +265,27 @@ def test_attention_that_does_not_read_one_product_in_order_stays(
     change(model, next(node for node in model.graph if node.op_type == "RollingAttention"))
     assert pack_attention(model) == others
     assert attention(model)[0] == "RollingAttention"
+
+
+def test_a_bundle_with_the_bodies_of_an_earlier_version_gets_those_of_this_one() -> None:
+    model = load_graph(read_bundle(exported(dtype="bfloat16").bundle))
+    old = next(function for function in model.functions.values() if function.name == "RollingAttention")
+    for node in old:
+        node.doc_string = "as it was"
+    before = len(model.functions)
+    refresh_bodies(model)
+    assert len(model.functions) == before
+    new = model.functions[old.identifier()]
+    assert all(node.doc_string is None for node in new)
+
+
+def test_a_node_of_another_version_is_refused() -> None:
+    for change in ("op", "attribute"):
+        model = load_graph(read_bundle(exported(dtype="bfloat16").bundle))
+        node = next(node for node in model.graph if node.op_type == "RollingAttention")
+        if change == "op":
+            node.op_type = "RollingAttentionOfTomorrow"
+        else:
+            node.attributes.pop("rounds")
+        with pytest.raises(FusionError, match=r"does not know RollingAttention.*Export the checkpoint again"):
+            refresh_bodies(model)

@@ -152,8 +152,14 @@ def test_a_flavour_that_needs_its_gpu_says_so(bundle: Bundle, monkeypatch: pytes
 
 def test_rings_of_eight_bits_need_the_plugins(bundle: Bundle) -> None:
     assert resolve_options(bundle, compute_capability="8.9", kv="float8")[1].kv == "float8"
-    for asked in ("none", "RollingAttention"):
+    for asked in ("none", "MoEGate"):
         assert "--plugins all" in refusal(bundle, kv="float8", plugins=asked)
+
+
+def test_one_plugin_that_writes_rings_brings_the_other(bundle: Bundle) -> None:
+    """A graph may have nodes of both, and rings that some nodes write in place and others copy would go apart."""
+    _, options = resolve_options(bundle, compute_capability="8.9", plugins="RollingAttention")
+    assert options.plugins == ("PackedRollingAttention", "RollingAttention")
 
 
 def test_plugins_without_a_node_are_refused_when_they_are_named(bundle: Bundle) -> None:

@@ -272,8 +272,8 @@ def test_validate_exits_with_the_verdict(
     arguments += ["--text", str(text), "--max-kl", "0.25"]
     result = run("validate", tmp_path, *arguments, *(["--json"] if as_json else []))
     assert result.exit_code == exit_code
-    options = {"backend": "abacus", "engine": "one", "seed": 3, "verify": True, "weights_folder": tmp_path, "progress": None}
-    options |= {"text": text, "max_kl": 0.25}
+    options = {"backend": "abacus", "engine": "one", "seed": 3, "verify": True, "weights_folder": tmp_path}
+    options |= {"progress": None, "text": text, "max_kl": 0.25}
     assert seen == [tmp_path, None, options]
     assert "has no hash of model.safetensors, so only the size was compared" in result.stderr
     if as_json:

@@ -86,7 +86,7 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> bytes:
         (lambda e: e["plans"]["decode"].update(file=".."), "outside"),
         (lambda e: e["plans"]["decode"]["profiles"][0].update(max_batch=True), "max_batch"),
         (lambda e: e["plans"]["decode"]["profiles"][1].update(min_batch=5), "no shape"),
-        (lambda e: e["plans"]["decode"].update(profiles=[7]), "profiles"),
+        (lambda e: e["plans"]["decode"].update(profiles=[7]), r"profiles\[0\]` must be an object"),
         (lambda e: e["orders"].update(half=[0, "1"]), "order 'half'"),
         (lambda e: e["orders"].update(half=[0, -1]), "order 'half'"),
         (lambda e: e["orders"].clear(), "order 'half', which is not there"),
@@ -98,12 +98,29 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> bytes:
         (lambda e: e["tensors"][0]["expression"].update(shape=[0, 1 << 62, 1 << 62]), "shape"),
         (lambda e: e["tensors"][0].update(dtype="F32"), "'F32', and what it is made of is BF16"),
         (lambda e: e["tensors"][0].update(expression={}), "in no way"),
-        (lambda e: e["tensors"].append(7), "expression|shape"),
+        (lambda e: e["tensors"].append(7), r"tensors\[3\]` must be an object"),
     ],
 )
 def test_damage_is_refused(change: Callable[[dict[str, Any]], object], words: str) -> None:
     with pytest.raises(BundleError, match=words):
         parse_engine("one", damaged(change))
+
+
+@pytest.mark.parametrize(
+    "change, remedy",
+    [
+        (lambda e: e["plans"]["decode"].pop("bytes"), "Build the engine again."),
+        (lambda e: e["plans"]["decode"]["profiles"][0].pop("max_batch"), "Build the engine again."),
+        (lambda e: e["plans"]["decode"].update(sha256="xyz"), "Build the engine again."),
+        (lambda e: e["tensors"][1]["expression"]["cast"]["concat"][1].pop("offset"), "Build the engine again."),
+        (lambda e: e["tensors"][1]["expression"].update(to="I8"), "or build the engine again"),
+    ],
+)
+def test_the_file_and_the_way_out_are_the_engines(change: Callable[[dict[str, Any]], object], remedy: str) -> None:
+    with pytest.raises(BundleError, match=r"^The engine\.json's `engine one: ") as caught:
+        parse_engine("one", damaged(change))
+    assert remedy in str(caught.value)
+    assert "xport" not in str(caught.value)
 
 
 def test_what_is_no_json_is_refused() -> None:

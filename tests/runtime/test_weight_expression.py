@@ -205,7 +205,7 @@ def test_a_tree_reads_back_as_it_was() -> None:
         ({"file": "a", "offset": 0, "dtype": "F32", "shape": [True]}, "shape is damaged"),
         ({"file": 7, "offset": 0, "dtype": "F32", "shape": []}, "must be a string"),
         ({"concat": {"a": 1}}, "must be a list"),
-        ({"concat": [7]}, "in no way"),
+        ({"concat": [7]}, "must be an object"),
         ({"rows": {"concat": []}}, "order"),
         ({"cast": {"concat": []}, "to": "I8"}, "I8"),
         ({"signed": {"concat": []}, "to": "F32"}, "F32"),

@@ -54,6 +54,8 @@ class _Loaded:
     """The contexts in which it can be launched without loading anything."""
 
 
+_ALL_OF_IT = 100
+"""Percent of the memory that shared memory and the L1 cache divide between them."""
 _devices: dict[int, _Device] = {}
 _lock = threading.Lock()
 
@@ -130,11 +132,14 @@ class DeviceLauncher:
         library = self._call(what, "cuLibraryLoadData", compiled.cubin, None, None, 0, None, None, 0)
         handle = self._call(what, "cuLibraryGetKernel", library, kernel.name.encode())
         _, params_bytes = self._call(what, "cuKernelGetParamInfo", handle, 0)
-        # Beyond 48 KiB a kernel has to be told; what is allowed here costs nothing unless a launch asks for it.
-        largest = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._call(
-            what, "cuKernelSetAttribute", largest, self.limits.shared_bytes, handle, driver.CUdevice(self._device)
-        )
+        # Beyond 48 KiB a kernel has to be told; what is allowed here costs nothing unless a launch asks for it. And
+        # launchers count on as many blocks at once as all of a multiprocessor's shared memory has room for.
+        attributes, device = driver.CUfunction_attribute, driver.CUdevice(self._device)
+        for attribute, value in (
+            (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.limits.shared_bytes),
+            (attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, _ALL_OF_IT),
+        ):
+            self._call(what, "cuKernelSetAttribute", attribute, value, handle, device)
         return _Loaded(handle, int(params_bytes))
 
     def _refuse_capture(self, kernel: Kernel) -> None:

@@ -191,7 +191,9 @@ CIERZO_KERNEL(rolling_decode, RollingDecode, WARPS * 32) {
     block_sync();
     if (thread_x() == 0) *last = arrives_last(params.arrivals + row_of_parts, parts);
     block_sync();
-    if (!*last) return;
+    const bool merges = *last;
+    block_sync();  // what is gathered may reach as far as that word
+    if (!merges) return;
     Statistics* const gathered = reinterpret_cast<Statistics*>(rings);
     for (u32 i = thread_x(); i < parts * HEADS; i += THREADS) gathered[i] = statistics[i];
     block_sync();

@@ -76,6 +76,12 @@ CIERZO_KERNEL(faulty, Mistake, 128) {
     got = float(copied.word[thread_x() % 4]);
 #elif MISTAKE == 25  // a copy of nothing still has an address
     copy_async_16(numbers + 4 * thread_x() % 128, params.from + 1, false);
+#elif MISTAKE == 26  // a stage is filled again before its first copy was waited for
+    for (int round = 0; round < 2; round++) {
+        copy_async_16(numbers + 4 * lane(), params.from + 4 * lane(), true);
+        copy_async_commit();
+    }
+    copy_async_wait<0>();
 #elif MISTAKE == 21
     got = float(128 / (params.index - 256));
 #endif

@@ -155,19 +155,23 @@ class PackedMixture:
         return replace(self, wide=self.wide.tokens(chosen))
 
 
-def run_mixture(device: Device, case: Mixture | PackedMixture) -> Array:
+def run_mixture(device: Device, case: Mixture | PackedMixture, *, skipped: int = 0) -> Array:
+    """y. skipped: so many experts that nobody chooses, and that are nowhere in memory, come before the case's own."""
     if isinstance(case, PackedMixture):
         plain, parts = case.wide, case.parts
         problem = replace(plain.problem, packed=case.packed)
     else:
         plain, problem = case, case.problem
         parts = {"gate": case.gate_EIC, "up": case.up_EIC, "down": case.down_ECI}
-    inputs = {"x": plain.x_NC, "weight": plain.weight_NK, "expert": plain.expert_NK, **parts}
+    problem = replace(problem, experts=problem.experts + skipped)
+    inputs = {"x": plain.x_NC, "weight": plain.weight_NK, "expert": plain.expert_NK + skipped, **parts}
     buffers = {name: device.upload(array) for name, array in inputs.items()}
     buffers["y"] = device.empty(plain.x_NC.shape, plain.x_NC.dtype)
     buffers["workspace"] = device.empty((mixture_workspace_bytes(problem, device.launcher.limits),), np.uint8)
-    tensors = MixtureTensors(**{name: buffer.address for name, buffer in buffers.items()})
-    launch_mixture_of_experts(device.launcher, problem, tensors)
+    addresses = {name: buffer.address for name, buffer in buffers.items()}
+    for name, array in parts.items():
+        addresses[name] -= skipped * array[0].nbytes
+    launch_mixture_of_experts(device.launcher, problem, MixtureTensors(**addresses))
     device.download(buffers["workspace"])  # looks at its guards
     return device.download(buffers["y"])
 

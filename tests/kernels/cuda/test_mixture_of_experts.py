@@ -60,6 +60,13 @@ def test_one_expert_taken_by_all(tokens: int) -> None:
     check_mixture(CpuDevice(), replace(case, expert_NK=np.ones_like(case.expert_NK), **stacks))
 
 
+@pytest.mark.parametrize(("N", "K", "E"), [(1100, 2, 3), (600, 4, 5)])
+def test_more_assignments_than_are_sorted_at_once(N: int, K: int, E: int) -> None:
+    """A block of moe_route.cu looks at 1024 of them, and then at the next."""
+    for seed in range(3):
+        check_mixture(CpuDevice(seed=seed), mixture(N, K, E, 8, 8))
+
+
 @pytest.mark.parametrize("shared_bytes", [99 << 10, 163 << 10])
 def test_other_devices_give_the_same_bits(shared_bytes: int) -> None:
     """Fewer stages of the pipeline, and none too many for the device."""
@@ -94,6 +101,13 @@ def test_expert_of_weight_zero_may_overflow(N: int) -> None:
     y = run_mixture(CpuDevice(), case).astype(np.float32)
     assert not np.isfinite(y[0]).any()
     assert np.isfinite(y[1:]).all()
+
+
+@pytest.mark.parametrize(("N", "C", "I"), [(1, 4096, 4136), (9, 2048, 4120)])
+def test_matrices_beyond_32_bits(N: int, C: int, I: int) -> None:
+    """The last of 256 experts begins at element 2^32 and more, or 2^31; only what is chosen has to be there."""
+    case = mixture(N, 1, 1, C, I)
+    same_bits(run_mixture(CpuDevice(), case, skipped=255), run_mixture(CpuDevice(), case))
 
 
 @pytest.mark.parametrize("N", PATHS)

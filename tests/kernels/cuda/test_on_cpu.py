@@ -242,6 +242,7 @@ def test_missing_synchronisation_shows_in_the_numbers(mistake: int) -> None:
         (22, "may not be touched"),
         (23, "misaligned access"),
         (24, "misaligned access"),
+        (26, "last at copy_async_16 in faulty.cu:.* a copy to the same bytes is under way"),
         (25, "last at copy_async_16 in faulty.cu:.* is not aligned to 16 bytes"),
     ],
 )

@@ -45,6 +45,11 @@ def test_split_rows_of_down(I: int) -> None:
     check_mixture(CpuDevice(), packed_mixture(1, 2, 3, 8, I, STORED["int4"]))
 
 
+def test_matrices_beyond_32_bits() -> None:
+    case = packed_mixture(1, 1, 1, 4096, 4136, STORED["int4-zero"])
+    same_bits(run_mixture(CpuDevice(), case, skipped=255), run_mixture(CpuDevice(), case))
+
+
 @pytest.mark.parametrize("tokens", [(8, 1, 3), (150, 9, 40)])
 @pytest.mark.parametrize("stored", ["int4", "int8-zero"])
 def test_rows_are_independent(stored: str, tokens: tuple[int, ...]) -> None:

@@ -48,7 +48,8 @@ def test_the_kernels_to_prepare_are_those_launched(tokens: int, names: list[str]
     device = CpuDevice(LIMITS)
     recorder = RecordingLauncher(device.launcher)
     size = rolling_attention_workspace_bytes(case.problem, LIMITS)
-    launch_rolling_attention(recorder, case.problem, cases.upload(device, case, cases.inputs_of(case), size).tensors)
+    buffers = cases.upload(device, case, cases.inputs_of(case), size)
+    launch_rolling_attention(recorder, case.problem, buffers.tensors)
     assert [kernel.name for kernel in recorder.launched] == names
     assert tuple(recorder.launched) == rolling_attention_kernels(case.problem, LIMITS)
 

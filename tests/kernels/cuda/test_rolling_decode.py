@@ -163,3 +163,17 @@ def test_what_is_refused() -> None:
         launch_decode(device.launcher, replace(case.problem, slots=2**31), tensors)
     with pytest.raises(BackendError, match="do not hold keys and values of 16"):
         plan_decode(case.problem, replace(MANY, shared_bytes=3072))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_shares_than_stages_have_room_for(seed: int) -> None:
+    """Their statistics reach over the word that says who merges; with queries of zeros, scores are zeros there."""
+    case = step(9300, 9300, (9299,), heads=16, kv_heads=1, ring="float8")
+    limits = DeviceLimits(multiprocessors=80, shared_bytes=20 << 10, compute_capability=(9, 0))
+    plan = plan_decode(case.problem, limits)
+    stages = plan.warps * plan.stages * 2 * 32 * 16
+    assert plan.splits * plan.heads * 8 > stages + 16 * 24 * 2 + 2 * 16
+    inputs = cases.inputs_of(case)
+    inputs.query_BTHD[...] = 0
+    device = CpuDevice(limits, seed=seed)
+    cases.check_attended(case, inputs, run(device, case, inputs))
