@@ -18,6 +18,7 @@ from exporter.build.progress import Percent, Report, progress_monitor
 from runtime.engine_info import PlanProfile
 from runtime.errors import BackendError
 from runtime.tensorrt.flavor import Flavor
+from runtime.tensorrt.kept import kept_file, read_kept, write_kept
 from runtime.tensorrt_plugins import Registration
 
 _SERIOUS = ("INTERNAL_ERROR", "ERROR")
@@ -74,12 +75,17 @@ def build_plan(flavor: Flavor, job: BuildJob, name: str, registration: Registrat
     profiles = [_polygraphy_profile(job, profile) for profile in job.plans[name]]
     monitor = progress_monitor(trt, Percent(report))
 
+    timings = kept_file("timings", f"{flavor.name}-{flavor.version}-sm{job.compute_capability}")
+    configurations: list[Any] = []
+
     def configured(builder: Any, definition: Any) -> Any:
         verbosity = trt.ProfilingVerbosity.DETAILED
         config = CreateConfig(profiles=profiles, profiling_verbosity=verbosity, progress_monitor=monitor)(
             builder, definition
         )
         _configure(flavor, config, job, network)
+        flavor.use_timings(config, read_kept(timings))
+        configurations.append(config)
         return config
 
     begun = time.perf_counter()
@@ -93,6 +99,9 @@ def build_plan(flavor: Flavor, job: BuildJob, name: str, registration: Registrat
             f"{job.compute_capability}: {said}"
         ) from error
     registration.raise_failure()
+    timed = flavor.timings(configurations[-1])
+    if timed is not None:
+        write_kept(timings, timed)
     return BuiltPlan(content, log.kernels, time.perf_counter() - begun)
 
 

@@ -112,6 +112,19 @@ class Flavor:
         flag = getattr(self.trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
         return () if flag is None else (flag,)
 
+    def use_timings(self, config: Any, timings: bytes | None) -> None:
+        """Let an IBuilderConfig begin with what `timings` gave after an earlier build, or None.
+
+        For a library that times kernels on the GPU while it builds; one that does not takes nothing.
+        """
+        if self.builds_for is None:
+            config.set_timing_cache(config.create_timing_cache(timings or b""), ignore_mismatch=False)
+
+    def timings(self, config: Any) -> bytes | None:
+        """What the library timed in a build with this configuration; None from one that does not."""
+        cache = config.get_timing_cache() if self.builds_for is None else None
+        return None if cache is None else bytes(cache.serialize())
+
     def open_context(self, engine: Any, cache: bytes | None) -> OpenContext:
         """An execution context of an ICudaEngine; the caller allocates device memory for activations (USER_MANAGED).
 

@@ -17,6 +17,7 @@ from runtime.errors import BackendError
 from runtime.tensorrt import flavor as flavors
 from runtime.tensorrt.alias import empty_library
 from runtime.tensorrt.flavor import FLAVORS, FLAVORS_FOR_OTHER_GPUS, Flavor, load_flavor, supported_gpus
+from runtime.tensorrt.kept import kept_file, read_kept, write_kept
 
 NAMES = {"tensorrt": "cierzo_fake_trt", "tensorrt-rtx": "cierzo_fake_trt_rtx"}
 
@@ -160,3 +161,32 @@ def test_the_made_library_is_small_and_of_the_machine() -> None:
         assert int.from_bytes(made[18:20], "little") == number
         assert made.endswith(b"\0liba.so\0liba.so.1\0")
         assert len(made) < 500
+
+
+def test_timings_are_kept_by_a_library_that_times() -> None:
+    config, trt = MagicMock(), MagicMock()
+    config.get_timing_cache.return_value.serialize.return_value = b"timed"
+    fake(trt).use_timings(config, None)
+    config.create_timing_cache.assert_called_once_with(b"")
+    config.set_timing_cache.assert_called_once_with(config.create_timing_cache.return_value, ignore_mismatch=False)
+    fake(trt).use_timings(config, b"before")
+    config.create_timing_cache.assert_called_with(b"before")
+    assert fake(trt).timings(config) == b"timed"
+    untouched = MagicMock()
+    fake(trt, ("8.9",)).use_timings(untouched, b"before")
+    assert fake(trt, ("8.9",)).timings(untouched) is None
+    assert untouched.mock_calls == []
+
+
+def test_what_is_kept_is_found_again_and_may_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIERZO_CACHE", str(tmp_path / "cache"))
+    file = kept_file("timings", "tensorrt-11.2-sm8.9")
+    assert read_kept(file) is None
+    write_kept(file, b"one")
+    write_kept(file, b"two")
+    assert read_kept(file) == b"two"
+    assert [path.name for path in file.parent.iterdir()] == ["tensorrt-11.2-sm8.9.cache"]
+    (tmp_path / "no folder").write_text("")
+    monkeypatch.setenv("CIERZO_CACHE", str(tmp_path / "no folder"))
+    write_kept(kept_file("timings", "x"), b"one")  # nothing is raised
+    assert read_kept(kept_file("timings", "x")) is None

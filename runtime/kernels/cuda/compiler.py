@@ -23,7 +23,7 @@ from runtime.kernels.cuda.launch import Kernel
 SUPPORTED_ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
 """Compute capabilities that the kernels are compiled and tested for."""
 SOURCES = Path(__file__).resolve().parent
-_OPTIONS = ("-std=c++17", "ptxas -v")
+_OPTIONS = ("-std=c++17", "-fmad=false", "ptxas -v")
 _FORM = "cierzo cubin 1"
 _HEADER = struct.Struct("<32s3I")
 """Of a cache entry: SHA-256 of all that follows it, registers, bytes spilled, bytes of stack; then the machine code."""
@@ -138,6 +138,7 @@ def _compile(kernel: Kernel, name: str, sources: Path) -> CompiledKernel:
             name=kernel.source,
             arch=name,
             std="c++17",
+            fma=False,  # the sources spell out where a product and a sum round once, and so do the tests on the CPU
             ptxas_options=["-v"],
             include_path=[str(folder) for folder in _folders(sources)],
             define_macro=[(key, str(value)) for key, value in kernel.definitions.items()] or None,
