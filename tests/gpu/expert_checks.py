@@ -80,6 +80,14 @@ def check_mixture_twice(device: Device, case: AnyMixture) -> float:
 def check_mixtures(device: CheckedDevice, book: Notebook, cases: Iterator[tuple[str, AnyMixture]]) -> None:
     for name, case in cases:
         book.check(name, partial(check_mixture_twice, device, case))
+    for N, C, I in ((1, 4096, 4096), (12, 2048, 4096)):
+        book.check(f"mixture of {N} tokens whose matrices lie beyond 32 bits", partial(_far, device, N, C, I))
+
+
+def _far(device: Device, N: int, C: int, I: int) -> None:
+    """255 experts that are nowhere in memory come before the one that is chosen."""
+    case = mixture(N, 1, 1, C, I)
+    same_bits(run_mixture(device, case, skipped=255), run_mixture(device, case))
 
 
 def packed_cases(seed: int, large: bool) -> Iterator[tuple[str, AnyMixture]]:

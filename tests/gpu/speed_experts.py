@@ -54,7 +54,7 @@ def measure_experts(bench: Bench) -> None:
                 f"decode, {tokens} tokens, {distinct} experts",
                 partial(_decode, bench, size, stacks, tokens, distinct),
             )
-    for tokens in (20,) if bench.small else (512, 2048):
+    for tokens in (20,) if bench.small else (512, 2048, 8192):
         bench.book.attempt(
             f"prefill, {tokens} tokens",
             partial(_prefill, bench, size, stacks, tokens),
