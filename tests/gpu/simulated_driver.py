@@ -157,7 +157,8 @@ class SimulatedDriver:
         return CUresult.CUDA_SUCCESS, 0, self.params_bytes[self._given[kernel].name]
 
     def cuKernelSetAttribute(self, attribute: int, value: int, kernel: int, device: int) -> tuple[Any, ...]:
-        assert (value, device) == (self.limits.shared_bytes, 77)
+        carveout = CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        assert (value, device) == (100 if attribute == carveout else self.limits.shared_bytes, 77)
         return (CUresult.CUDA_SUCCESS,)
 
     def cuKernelGetFunction(self, kernel: int) -> tuple[Any, ...]:
