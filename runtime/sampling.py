@@ -160,13 +160,20 @@ def filter_scores(scores_V: Float64Array, options: SamplingOptions) -> Float64Ar
         kth = np.partition(scores_V, -options.top_k)[-options.top_k]
         scores_V = np.where(scores_V < kth, -np.inf, scores_V)
     if options.top_p is not None and options.top_p < 1:
-        candidates = np.flatnonzero(scores_V > -np.inf)  # after top-k there are few left to sort
-        order = candidates[np.argsort(-scores_V[candidates], kind="stable")]  # of equal scores the lower id comes first
-        probabilities = softmax(scores_V[order])
-        dropped = probabilities.cumsum() - probabilities >= options.top_p
-        dropped[0] = False
-        scores_V = scores_V.copy()
-        scores_V[order[dropped]] = -np.inf
+        candidates = np.flatnonzero(scores_V > -np.inf)
+        probabilities = softmax(scores_V[candidates])
+        # All N that are less likely than (1 - p) / N make up less than 1 - p together, so they are behind the nucleus.
+        # To sort them as well takes longer than all else here, for a large vocabulary longer than the model's step.
+        likely = probabilities >= (1 - options.top_p) / candidates.size
+        likely[probabilities.argmax()] = True  # for certain, however that was rounded
+        candidates, probabilities = candidates[likely], probabilities[likely]
+        order = np.argsort(-scores_V[candidates], kind="stable")  # of equal scores the lower id comes first
+        before = probabilities[order].cumsum() - probabilities[order]
+        before[0] = 0.0
+        kept = candidates[order[before < options.top_p]]
+        nucleus_V = np.full_like(scores_V, -np.inf)
+        nucleus_V[kept] = scores_V[kept]
+        scores_V = nucleus_V
     if options.min_p is not None and options.min_p > 0:
         candidates = np.flatnonzero(scores_V > -np.inf)
         probabilities = softmax(scores_V[candidates])

@@ -100,15 +100,19 @@ class TensorRtEngine:
         self._manifest, self._info, self._device, self._plans = bundle.manifest, info, device, plans
         for kind, plan in plans.items():
             check_plan(bundle.manifest, info, kind, plan)
-        self._weights = upload_weights(bundle, info, device, progress)
-        refit(bundle, info, plans.values())
-        # The plans never run at once, so they share their scratch memory.
-        most = max(plan.scratch_bytes(profile) for plan in plans.values() for profile in range(plan.profiles))
-        self._scratch = device.allocate(most, f"the intermediate values of a step of {info.chunk} tokens")
         self._contexts: dict[tuple[str, int], BoundContext] = {}
         self._batch = 1
         self._rows: Rows | None = None
-        self.allocate(1)
+        self._weights = upload_weights(bundle, info, device, progress)
+        try:
+            refit(bundle, info, plans.values())
+            # The plans never run at once, so they share their scratch memory.
+            most = max(plan.scratch_bytes(profile) for plan in plans.values() for profile in range(plan.profiles))
+            self._scratch = device.allocate(most, f"the intermediate values of a step of {info.chunk} tokens")
+            self.allocate(1)
+        except BaseException:  # who keeps the error keeps this object as well, and would keep the memory with it
+            self._weights.memory.free()
+            raise
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -198,6 +202,8 @@ class TensorRtEngine:
             for name, address, shape in inputs.places():
                 context.set_shape(name, shape)
                 context.set_address(name, address)
+            for name, shape in rows.rings.shapes():
+                context.set_shape(name, shape)
             for name, address in rows.rings.addresses():
                 context.set_address(name, address)
             context.set_address(self._manifest.graph.logits, logits.address)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,14 @@ def open_device() -> CudaDevice:
     return CudaDevice(runtime)
 
 
+def _at_its_end(owner: object, give_back: Callable[..., Any], *held: Any) -> weakref.finalize[..., object]:
+    """Call `give_back(*held)` when `owner` goes, but not at the process's end: CUDA gives back everything there, and
+    engines that live until then, and may be torn down later than this, must not lose their stream and memory before."""
+    made = weakref.finalize(owner, give_back, *held)
+    made.atexit = False
+    return made
+
+
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
@@ -70,7 +79,7 @@ class CudaDevice:
         # Not the default stream: work on that one waits for all others, and cannot be captured.
         self._stream = self._call("make a stream", "cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
         self._launcher: DeviceLauncher | None = None
-        weakref.finalize(self, runtime.cudaStreamDestroy, self._stream)
+        _at_its_end(self, runtime.cudaStreamDestroy, self._stream)
 
     @property
     def name(self) -> str:
@@ -167,7 +176,7 @@ class CudaMemory:
     def __init__(self, runtime: Any, address: int, nbytes: int) -> None:
         self.address = address
         self.nbytes = nbytes
-        self._free = weakref.finalize(self, runtime.cudaFree, address)  # which waits for what is queued
+        self._free = _at_its_end(self, runtime.cudaFree, address)  # which waits for what is queued
 
     def free(self) -> None:
         self._free()
@@ -178,7 +187,7 @@ class CudaPinned:
 
     def __init__(self, runtime: Any, address: int, nbytes: int) -> None:
         raw = (ctypes.c_uint8 * nbytes).from_address(address)
-        weakref.finalize(raw, runtime.cudaFreeHost, address)  # arrays hold what they were made of
+        _at_its_end(raw, runtime.cudaFreeHost, address)  # arrays hold what they were made of
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(raw)
 
 
@@ -187,7 +196,7 @@ class CudaFence:
 
     def __init__(self, device: CudaDevice, runtime: Any, event: Any) -> None:
         self._device, self._event = device, event
-        weakref.finalize(self, runtime.cudaEventDestroy, event)
+        _at_its_end(self, runtime.cudaEventDestroy, event)
 
     def wait(self) -> None:
         self._device._call("finish what was queued", "cudaEventSynchronize", self._event)
@@ -198,7 +207,7 @@ class CudaGraph:
 
     def __init__(self, device: CudaDevice, runtime: Any, executable: Any, stream: Any) -> None:
         self._device, self._executable, self._stream = device, executable, stream
-        weakref.finalize(self, runtime.cudaGraphExecDestroy, executable)
+        _at_its_end(self, runtime.cudaGraphExecDestroy, executable)
 
     def launch(self) -> None:
         self._device._call("launch a captured graph", "cudaGraphLaunch", self._executable, self._stream)

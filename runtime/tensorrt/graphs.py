@@ -6,6 +6,7 @@ is captured. A graph holds addresses, so it is good only as long as the memory b
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable
 
 from runtime.errors import BackendError
@@ -33,6 +34,9 @@ class StepGraphs:
             self._seen.add(kind)
 
     def _capture(self, kind: Hashable, queue: Callable[[], None]) -> None:
+        # A collection may find memory of the GPU that somebody else lost, and to free it now would end the capture.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             self._device.begin_capture()
             try:
@@ -45,4 +49,7 @@ class StepGraphs:
                 f"since they cannot be captured here: {error}"
             )
             return
+        finally:
+            if collects:
+                gc.enable()
         self._graphs[kind] = graph

@@ -41,7 +41,8 @@ class Library:
         self.log = _log(built.flavor.trt, self._lines.append)
         self._plugins = _register(built.flavor, built.info)
         if self._plugins is not None:
-            weakref.finalize(self, _deregister, self._plugins)
+            # Not at the process's end, which engines may outlive.
+            weakref.finalize(self, _deregister, self._plugins).atexit = False
         self._runtime = built.flavor.trt.Runtime(self.log)
 
     def load(self, path: Path, sha256: str) -> LibraryPlan:
@@ -53,17 +54,23 @@ class Library:
     def checked(self, what: str, call: Callable[[], Any]) -> Any:
         """What a call of the library gives, unless it fails: raises, or gives None or False."""
         self._lines.clear()
-        cause: Exception | None = None
         try:
             made = call()
         except Exception as error:  # the library's bindings raise whatever they like
-            made, cause = None, error
+            self._raise_failure_of_plugins()
+            raise self._failure(what, str(error)) from error
+        self._raise_failure_of_plugins()
+        if made is None or made is False:
+            raise self._failure(what)
+        return made
+
+    def _raise_failure_of_plugins(self) -> None:
         if self._plugins is not None:
             self._plugins.raise_failure()
-        if made is None or made is False:
-            said = " ".join([*self._lines, *([] if cause is None else [str(cause)])]).strip() or "it does not say why"
-            raise BackendError(f"{self.flavor.name} {self.flavor.version} could not {what}: {said}") from cause
-        return made
+
+    def _failure(self, what: str, *more: str) -> BackendError:
+        said = " ".join([*self._lines, *more]).strip() or "it does not say why"
+        return BackendError(f"{self.flavor.name} {self.flavor.version} could not {what}: {said}")
 
 
 def _log(trt: Any, keep: Callable[[str], None]) -> Any:
@@ -105,7 +112,8 @@ class LibraryPlan:
     """See Plan. sha256: of its file, by which what is cached for it is found."""
 
     def __init__(self, library: Library, engine: Any, sha256: str) -> None:
-        self._library, self._engine = library, engine
+        # In this order they go as well: an engine needs its stream and its plugins to the last.
+        self._engine, self._library = engine, library
         self._cache = cache_folder().parent / "engines" / f"{sha256[:32]}-{library.flavor.version}.cache"
         mode = library.flavor.trt.TensorIOMode
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -116,6 +124,7 @@ class LibraryPlan:
                     shape=tuple(engine.get_tensor_shape(name)),
                     is_input=engine.get_tensor_mode(name) == mode.INPUT,
                     on_device=engine.get_tensor_location(name) == library.flavor.trt.TensorLocation.DEVICE,
+                    is_linear=engine.get_tensor_format(name) == library.flavor.trt.TensorFormat.LINEAR,
                 )
                 for name in names
             }
@@ -129,8 +138,8 @@ class LibraryPlan:
         return int(self._engine.get_device_memory_size_for_profile_v2(profile))
 
     def open(self, profile: int, scratch: int, nbytes: int) -> LibraryContext:
-        library = self._library
-        cached = _read(self._cache)
+        library, file = self._library, self._cache
+        cached = _read(file)
         opened = library.checked("open an engine", lambda: library.flavor.open_context(self._engine, cached))
         context, stream = opened.context, library.device.stream
         library.checked(f"take profile {profile}", lambda: context.set_optimization_profile_async(profile, stream))
@@ -140,7 +149,7 @@ class LibraryPlan:
         def keep() -> None:
             made = opened.cache_bytes()
             if made is not None and made != cached:
-                _write(self._cache, made)
+                _write(file, made)
 
         return LibraryContext(library, context, keep)
 
@@ -154,8 +163,8 @@ class LibraryContext:
     """See Context. keep: writes down what was compiled for it, called once it has run."""
 
     def __init__(self, library: Library, context: Any, keep: Callable[[], None]) -> None:
-        self._library, self._context, self._keep = library, context, keep
-        self._has_run = False
+        self._keep: Callable[[], None] | None = keep
+        self._context, self._library = context, library  # they go in this order
 
     def set_shape(self, name: str, shape: Sequence[int]) -> None:
         what = f"take {name} with the shape {list(shape)}"
@@ -166,16 +175,16 @@ class LibraryContext:
 
     def enqueue(self) -> None:
         self._library.checked("run a step", lambda: self._context.execute_async_v3(self._library.device.stream))
-        if not self._has_run:
-            self._has_run = True
-            self._keep()
+        if self._keep is not None:
+            keep, self._keep = self._keep, None
+            keep()
 
 
 class LibraryRefitter:
     """See Refitter."""
 
     def __init__(self, library: Library, refitter: Any) -> None:
-        self._library, self._refitter = library, refitter
+        self._refitter, self._library = refitter, library  # they go in this order
 
     def prototype(self, name: str) -> tuple[str, int] | None:
         found = self._refitter.get_weights_prototype(name)

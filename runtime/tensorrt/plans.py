@@ -23,13 +23,15 @@ Shape = Sequence[int | None]
 class PlanTensor:
     """An input or output. dtype: as safetensors spells it. shape: −1 for what a step decides.
 
-    on_device: whether its memory is the GPU's, as all but a few small inputs of shape arithmetic are.
+    on_device: whether its memory is the GPU's, as all but a few small inputs of shape arithmetic are. is_linear:
+    whether its numbers lie in the order of its axes, without gaps.
     """
 
     dtype: str
     shape: tuple[int, ...]
     is_input: bool
     on_device: bool = True
+    is_linear: bool = True
 
 
 class Context(Protocol):
@@ -126,6 +128,11 @@ def _check_tensor(where: str, name: str, found: PlanTensor, dtype: str, shape: S
         raise BundleError(
             f"{name} in {where} is {found.dtype} {list(found.shape)}, and the manifest and engine.json describe "
             f"{dtype} {described}. Build it again with `cierzo build`."
+        )
+    if not found.is_linear:
+        raise BackendError(
+            f"{name} in {where} lies in memory in an order of the library's own, which Cierzo does not write. Build "
+            "the engine with plugins, or report this with the bundle's config."
         )
     if not found.on_device:
         raise BackendError(

@@ -35,9 +35,12 @@ class Rings:
         self._turned = False
         self._in_place = writes_in_place(info)
         names: list[tuple[str, str, int]] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for layer in manifest.kv.layers:
-            size = nbytes_of(KV_TYPES[info.kv], (batch, model.num_kv_heads, layer.capacity, model.head_dim))
+            shape = (batch, model.num_kv_heads, layer.capacity, model.head_dim)
+            size = nbytes_of(KV_TYPES[info.kv], shape)
             names += [(layer.past_key, layer.present_key, size), (layer.past_value, layer.present_value, size)]
+            self._shapes |= {layer.past_key: shape, layer.past_value: shape}
         self.nbytes = sum(size for *_, size in names) * (1 if self._in_place else 2)
         once = sum(aligned(size) for *_, size in names)
         self._held = device.allocate(once * (1 if self._in_place else 2), f"the KV buffers of {batch} rows")
@@ -58,6 +61,10 @@ class Rings:
         for past, present, one, other in self._pairs:
             yield past, other if self._turned else one
             yield present, one if self._turned else other
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Shape [B, G, S, D] of each ring that a step reads: a plan leaves B open until it is told."""
+        yield from self._shapes.items()
 
     def roll(self) -> None:
         """What the last step wrote is what the next one reads."""

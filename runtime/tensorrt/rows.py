@@ -21,6 +21,14 @@ class Rows:
         vocab_size = manifest.model.vocab_size
         self._device, self._batch, self._vocab_size = device, batch, vocab_size
         self.rings = Rings(manifest, info, device, batch)
+        try:
+            self._hold(manifest, device)
+        except BaseException:  # who keeps the error keeps this object as well, and would keep the memory with it
+            self.rings.free()
+            raise
+
+    def _hold(self, manifest: Manifest, device: Device) -> None:
+        batch, vocab_size = self._batch, self._vocab_size
         self.inputs = {
             kind: StepInputs(manifest.graph, device, batch, tokens)
             for kind, tokens in ((PREFILL, manifest.kv.chunk), (DECODE, 1))

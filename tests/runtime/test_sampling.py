@@ -87,6 +87,23 @@ def test_the_order_of_the_filters_matters_and_is_top_k_before_top_p() -> None:
     assert np.isfinite(kept).tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize("p", [1e-20, 1e-6, 0.1, 0.5, 0.9, 0.99, 1 - 1e-9])
+def test_top_p_sorts_only_some_and_keeps_what_sorting_all_would(p: float) -> None:
+    rng = np.random.default_rng(5)
+    for spread in (0.0, 1e-16, 0.01, 1.0, 30.0, 2000.0):
+        for size in (1, 2, 7, 500):
+            scores_V = (rng.normal(0, spread, size) if spread != 1.0 else rng.integers(-3, 3, size)).astype(np.float64)
+            order = sorted(range(size), key=lambda token: (-scores_V[token], token))
+            mass = 0.0
+            wanted: list[int] = []
+            for token in order:
+                if mass < p or not wanted:
+                    wanted.append(token)
+                mass += softmax(scores_V)[token]
+            kept = filter_scores(scores_V, SamplingOptions(temperature=1.0, top_p=p))
+            assert set(np.flatnonzero(kept > -np.inf)) == set(wanted), (spread, size)
+
+
 def test_top_k_keeps_ties_and_top_p_keeps_the_lower_ids_of_ties() -> None:
     scores_V = np.array([1.0, 2.0, 2.0, 2.0])
     assert (

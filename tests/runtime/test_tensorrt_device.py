@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -177,6 +178,15 @@ def test_memory_is_given_back_once(device: CudaDevice, cuda: Cuda) -> None:
     gc.collect()
     assert cuda.live == {}
     assert cuda.names().count("cudaFree") == 2
+
+
+def test_nothing_is_taken_from_engines_that_live_to_the_end_of_the_process(cuda: Cuda) -> None:
+    before = set(weakref.finalize._registry)  # type: ignore[attr-defined]
+    device = CudaDevice(cuda)
+    held = [device.allocate(8, "a test"), device.pinned(8), device.fence(), device.end_capture()]
+    made = set(weakref.finalize._registry) - before  # type: ignore[attr-defined]
+    assert len(made) == 1 + len(held)
+    assert not any(finalizer.atexit for finalizer in made)
 
 
 def test_pinned_memory_lives_as_long_as_any_array_on_it(device: CudaDevice, cuda: Cuda) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +18,12 @@ import pytest
 from runtime import BackendError, BundleError, Session, load
 from runtime.bundle import read_bundle
 from runtime.engine_info import DECODE, PREFILL, EngineInfo, PlanInfo, engine_to_json
-from runtime.manifest import Manifest
 from runtime.tensorrt import engine_choice
 from runtime.tensorrt.engine_choice import BuiltEngine
 from runtime.tensorrt.library_plan import Library as LoadedLibrary
-from runtime.tensorrt.plans import PlanTensor, check_plan
-from tests.support.engine_doubles import embedded, engine_info, unbound, unbound_toy
+from tests.support.engine_doubles import engine_info, unbound, unbound_toy
 from tests.support.gpu_double import HostDevice
-from tests.support.library_double import Library
+from tests.support.library_double import Engine, Library
 from tests.support.toy_bundle import ToyModel, write_manifest, write_toy_bundle
 
 MODEL = ToyModel(windows=(4, 6), chunk=3, seed=3)
@@ -143,6 +143,24 @@ def test_a_context_that_cannot_be_made_says_so(case: Case) -> None:
         session.forward([1])
 
 
+def test_what_the_bindings_raise_is_told_and_holds_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ill(engine: Engine, how: Any) -> None:
+        raise RuntimeError("an ill mood")
+
+    monkeypatch.setattr(Engine, "create_execution_context", ill)
+    session = case.load()
+    with pytest.raises(BackendError, match=r"could not open an engine: an ill mood$"):
+        session.forward([1])
+    gone: list[str] = []
+    weakref.finalize(session._engine, gone.append, "engine")
+    gc.disable()
+    try:
+        del session
+        assert gone == ["engine"], "it went without a collection of cycles"
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("feed", [[1], [1, 2]], ids=["decode", "prefill"])
 def test_a_step_that_fails_says_why_and_a_reset_mends_it(case: Case, feed: Sequence[int]) -> None:
     session = case.load()
@@ -215,62 +233,35 @@ def test_plugins_are_registered_before_anything_is_loaded_and_asked_what_failed(
     assert seen[1:] == ["gone"]
 
 
-# -- plans that are not what is said of them ---------------------------------------------------------------------------
-
-
-@dataclass
-class Described:
-    """A Plan as far as it is checked."""
-
-    tensors: dict[str, PlanTensor]
-    profiles: int = 1
-
-
-def change(name: str, **fields: Any) -> Callable[[Described], None]:
-    def apply(plan: Described) -> None:
-        plan.tensors[name] = replace(plan.tensors[name], **fields)
-
-    return apply
-
-
-def test_a_plan_that_is_as_described_passes(tmp_path: Path) -> None:
-    doubled = embedded(write_toy_bundle(tmp_path, MODEL))
-    for kind in (PREFILL, DECODE):
-        check_plan(doubled.session.manifest, doubled.engine._info, kind, doubled.plans[kind])
-    fixed = Described(dict(doubled.plans[PREFILL].tensors))  # where a range has one member, its extent is known
-    change("input_ids", shape=(1, 1))(fixed)
-    check_plan(doubled.session.manifest, doubled.engine._info, PREFILL, fixed)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    "damage, error, words",
-    [
-        (lambda plan: setattr(plan, "profiles", 2), BundleError, "has 2 profiles and not 1"),
-        (lambda plan: plan.tensors.pop("past.1.key"), BundleError, r"inputs of .* differ in past\.1\.key"),
-        (lambda plan: plan.tensors.pop("present.0.key"), BundleError, r"outputs of .* differ in present\.0\.key"),
-        (lambda plan: plan.tensors.update(more=PlanTensor("F32", (1,), True)), BundleError, "differ in more"),
-        (change("past.0.value", dtype="F16"), BundleError, r"past\.0\.value in .* is F16 .* describe F32"),
-        (change("past.0.value", shape=(-1, 2, 7, 3)), BundleError, r"\[-1, 2, 7, 3\].* describe F32 \[-1, 2, 6, 3\]"),
-        (change("present.1.key", shape=(-1, 2, 8)), BundleError, r"\[-1, 2, 8\].* describe F32 \[-1, 2, 8, 3\]"),
-        (change("logits", shape=(-1, -1, 38)), BundleError, "logits in"),
-        (change("logits", dtype="BF16"), BundleError, "logits in .* is BF16"),
-        (change("token_counts", dtype="I32"), BundleError, "token_counts in .* is I32"),
-        (change("token_counts", on_device=False), BackendError, "must lie in the host's memory"),
-    ],
-)
-def test_a_plan_that_is_not_is_refused(
-    tmp_path: Path, damage: Callable[[Described], Any], error: type[Exception], words: str
+@pytest.mark.parametrize("kind, words", [("on_host", "host's memory"), ("packed", "order of the library's own")])
+def test_where_and_how_tensors_lie_is_asked_of_the_library(
+    case: Case, monkeypatch: pytest.MonkeyPatch, kind: str, words: str
 ) -> None:
-    doubled = embedded(write_toy_bundle(tmp_path, MODEL))
-    plan = Described(dict(doubled.plans[PREFILL].tensors))
-    damage(plan)
-    manifest: Manifest = doubled.session.manifest
-    with pytest.raises(error, match=words):
-        check_plan(manifest, doubled.engine._info, PREFILL, plan)  # type: ignore[arg-type]
+    made = Engine.__init__
+
+    def with_another(engine: Engine, *arguments: Any) -> None:
+        made(engine, *arguments)
+        getattr(engine, kind).add("start_positions")
+
+    monkeypatch.setattr(Engine, "__init__", with_another)
+    with pytest.raises(BackendError, match=f"start_positions in the plan prefill.plan .*{words}"):
+        case.load()
 
 
-def test_rings_of_a_type_that_nobody_knows(tmp_path: Path) -> None:
-    doubled = embedded(write_toy_bundle(tmp_path, MODEL))
-    info = replace(doubled.engine._info, kv="int3")
-    with pytest.raises(BundleError, match="rings of the type 'int3'"):
-        check_plan(doubled.session.manifest, info, PREFILL, doubled.plans[PREFILL])
+def test_an_engine_goes_before_its_plugins_and_its_stream(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[Any] = []
+    monkeypatch.setattr("runtime.tensorrt_plugins.register", lambda *_: SimpleNamespace(raise_failure=lambda: None))
+    monkeypatch.setattr("runtime.tensorrt_plugins.deregister", lambda registration: gone.append("plugins"))
+    for held in ("plan", "context"):
+        gone.clear()
+        built = BuiltEngine(case.folder, replace(case.info, plugins=("RollingAttention",)), case.library.flavor())
+        library = LoadedLibrary(built, case.device)
+        plan = library.load(case.folder / "engines/double/prefill.plan", "0" * 64)
+        last: Any = plan if held == "plan" else plan.open(0, 256, 2000)
+        if held == "context":
+            weakref.finalize(last._context, gone.append, "context")
+        weakref.finalize(case.library.engines.pop(), gone.append, "engine")
+        del library, plan
+        assert gone == []
+        del last
+        assert gone == [*(["context"] if held == "context" else []), "engine", "plugins"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,8 +12,9 @@ import pytest
 from runtime import BackendError, Session, SessionError, load
 from runtime.rolling_kv import kv_bytes
 from runtime.tensorrt.rings import Rings
-from tests.support.engine_doubles import ROLLING, embedded
+from tests.support.engine_doubles import ROLLING, embedded, unbound
 from tests.support.gpu_double import HostDevice
+from tests.support.plan_double import SCRATCH_BYTES
 from tests.support.toy_bundle import ToyModel, write_toy_bundle
 
 MODEL = ToyModel(windows=(4, 6), chunk=3, seed=3)
@@ -77,6 +78,48 @@ def test_rows_that_do_not_fit_are_refused_and_fewer_go_on(bundle: Path, other: S
         doubled.engine.step(np.ones((1, 1), np.int64), none[0], none[0], none)
     doubled.session.reset()
     assert_equal(doubled.session, other, [tokens(7), [1]])
+
+
+@pytest.fixture
+def short_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[HostDevice]]:
+    """Lets no device have memory for what is named so. Returns the devices that were asked."""
+    real = HostDevice.allocate
+
+    def limit(words: str) -> list[HostDevice]:
+        asked: list[HostDevice] = []
+
+        def allocate(device: HostDevice, nbytes: int, what: str) -> Any:
+            asked.append(device)
+            if what.startswith(words):
+                raise BackendError(f"too little memory for {what}")
+            return real(device, nbytes, what)
+
+        monkeypatch.setattr(HostDevice, "allocate", allocate)
+        return asked
+
+    return limit
+
+
+def test_rows_that_fit_in_part_leave_nothing_behind_even_while_their_error_is_kept(
+    bundle: Path, short_of: Callable[[str], list[HostDevice]]
+) -> None:
+    doubled = embedded(bundle)
+    rings = doubled.session.kv_bytes
+    short_of("the logits of 4 tokens")
+    with pytest.raises(BackendError, match="too little memory") as kept:
+        doubled.session.forward([tokens(7)] * 4)
+    assert not any(region.alive and region.bytes.nbytes >= 4 * rings for region in doubled.device._regions)
+    doubled.session.reset()
+    assert doubled.session.forward(tokens(7)).shape == (1, 7, MODEL.vocab_size)
+    assert "logits of 4" in str(kept.value)
+
+
+def test_weights_leave_when_the_rest_does_not_fit(bundle: Path, short_of: Callable[[str], list[HostDevice]]) -> None:
+    for words in ("the intermediate values", "the KV buffers"):
+        asked = short_of(words)
+        with pytest.raises(BackendError, match="too little memory") as kept:
+            unbound(bundle)
+        assert asked[-1].held < 2 * SCRATCH_BYTES, kept.value
 
 
 def interrupt(*_: Any, **__: Any) -> NoReturn:

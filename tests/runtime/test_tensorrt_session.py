@@ -6,6 +6,7 @@ shows more here than that the numbers are right.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,30 @@ def test_where_nothing_can_be_captured_steps_run_all_the_same_and_a_note_says_so
     assert "this stream cannot be captured." in note
     assert doubled.device.log.count("capture") == 1
     assert "graph" not in doubled.device.log
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_lost_memory_is_not_found_during_a_capture(
+    bundle: Path, other: Session, monkeypatch: pytest.MonkeyPatch, collects: bool
+) -> None:
+    doubled = embedded(bundle)
+    begin, thresholds, was = HostDevice.begin_capture, gc.get_threshold(), gc.isenabled()
+
+    def lose_memory(device: HostDevice) -> None:
+        lost: list[Any] = [device.allocate(8, "nobody")]
+        lost.append(lost)
+        begin(device)
+
+    monkeypatch.setattr(HostDevice, "begin_capture", lose_memory)
+    (gc.enable if collects else gc.disable)()
+    gc.set_threshold(1)
+    try:
+        assert_equal(doubled.session, other, [[token] for token in range(4)])
+        assert gc.isenabled() == collects
+    finally:
+        gc.set_threshold(*thresholds)
+        (gc.enable if was else gc.disable)()
+    assert doubled.device.log.count("graph") == 3
 
 
 def test_a_chunk_that_nobody_asks_of_brings_no_logits_back(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ class Library(SimpleNamespace):
         self.compiled = b"compiled"
         self.ILogger, self.Weights = Logger, Weights
         self.TensorIOMode = _enumeration("TensorIOMode", ["INPUT", "OUTPUT"])
+        self.TensorFormat = _enumeration("TensorFormat", ["LINEAR", "CHW32"])
         self.TensorLocation = _enumeration("TensorLocation", ["DEVICE", "HOST"])
         self.DataType = _enumeration("DataType", sorted(TYPES.values()))
         self.ExecutionContextAllocationStrategy = _enumeration("Strategy", ["USER_MANAGED"])
@@ -92,6 +93,7 @@ class Engine:
         self.names = list(self.plan.tensors)
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), self.plan.profiles
         self.on_host: set[str] = set()
+        self.packed: set[str] = set()
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -108,6 +110,9 @@ class Engine:
 
     def get_tensor_location(self, name: str) -> Any:
         return self.library.TensorLocation.HOST if name in self.on_host else self.library.TensorLocation.DEVICE
+
+    def get_tensor_format(self, name: str) -> Any:
+        return self.library.TensorFormat.CHW32 if name in self.packed else self.library.TensorFormat.LINEAR
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return self.plan.scratch_bytes(profile)

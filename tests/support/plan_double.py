@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto
 
+import runtime.backends.onnxruntime  # noqa: F401 - looks at denormal numbers before a session flushes them to zero
 from runtime.engine_info import PlanProfile
 from runtime.errors import BackendError
 from runtime.tensorrt.plans import PlanTensor
@@ -137,6 +138,8 @@ class ContextDouble:
         tensor = self.plan.tensors[name]
         if not tensor.is_input or len(shape) != len(tensor.shape):
             raise BackendError(f"{name} has no shape {list(shape)}")
+        if any(extent not in (told, -1) for told, extent in zip(shape, tensor.shape, strict=True)):
+            raise BackendError(f"{name} of {list(tensor.shape)} cannot have the shape {list(shape)}")
         self.shapes[name] = tuple(shape)
         self.settled = False
 
@@ -151,7 +154,11 @@ class ContextDouble:
             raise GpuFault(f"nobody said where {sorted(missing)} lie")
         if device.capturing and not self.settled:
             raise GpuFault("shapes were changed, and no step ran before the capture")
+        if untold := [name for name, x in tensors.items() if x.is_input and -1 in x.shape and name not in self.shapes]:
+            raise GpuFault(f"nobody said how large {untold} are")
         batch, tokens = self.shapes["input_ids"]
+        if any(self.shapes[name][0] != batch for name, x in tensors.items() if x.is_input and -1 in x.shape):
+            raise GpuFault(f"inputs disagree on the number of rows: {self.shapes}")
         profile = self.profile
         if not (profile.min_batch <= batch <= profile.max_batch and profile.min_tokens <= tokens <= profile.max_tokens):
             raise BackendError(f"{batch} rows of {tokens} tokens are outside the profile {profile}")
@@ -159,7 +166,7 @@ class ContextDouble:
         assert count >= 1, "no plan gives fewer than one row of logits"
         shapes, addresses = dict(self.shapes), dict(self.addresses)
         for name, tensor in tensors.items():
-            if name not in shapes:  # a ring or a weight, or the logits
+            if name not in shapes:  # a weight, a ring that is written, or the logits
                 axes = (batch, count) if name == "logits" else (batch,)
                 free = iter(axes)
                 shapes[name] = tuple(next(free) if extent < 0 else extent for extent in tensor.shape)
