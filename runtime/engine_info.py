@@ -15,11 +15,12 @@ from typing import Any
 
 from runtime.errors import BundleError
 from runtime.json_files import MOST_KEY_CHARACTERS, brief, parse_json_object
-from runtime.manifest_section import Section
-from runtime.weight_expression import Expression, dtype_of, orders_of, parse_expression
+from runtime.manifest_section import Document, Section
+from runtime.weight_expression import Expression, dtype_of, orders_of, parse_expression, parse_shape
 
 ENGINES_FOLDER = "engines"
 ENGINE_FILE = "engine.json"
+ENGINE = Document(f"The {ENGINE_FILE}", "Build the engine again")
 SCHEMA_VERSION = 1
 PREFILL, DECODE = "prefill", "decode"
 INPUT, REFIT = "input", "refit"
@@ -96,6 +97,7 @@ def parse_engine(name: str, content: bytes) -> EngineInfo:
             ),
         ),
         f"engine {name}: ",
+        ENGINE,
     )
     version = root.integer("schema_version", minimum=1)
     if version != SCHEMA_VERSION:
@@ -114,7 +116,7 @@ def parse_engine(name: str, content: bytes) -> EngineInfo:
         chunk=root.integer("chunk", minimum=1),
         graph_sha256=root.hash("graph_sha256"),
         plans=MappingProxyType({key: _plan(plans.section(key)) for key in (PREFILL, DECODE)}),
-        tensors=tuple(_weight(name, index, item, orders) for index, item in enumerate(root.items("tensors"))),
+        tensors=tuple(_weight(tensor, orders) for tensor in root.sections("tensors")),
         orders=orders,
     )
 
@@ -182,8 +184,7 @@ def _orders(name: str, section: Section) -> Mapping[str, tuple[int, ...]]:
 
 def _plan(section: Section) -> PlanInfo:
     profiles = []
-    for index, item in enumerate(section.items("profiles")):
-        profile = Section(item if isinstance(item, dict) else {}, f"{section.path}profiles[{index}].")
+    for profile in section.sections("profiles"):
         found = PlanProfile(**{key: profile.integer(key, minimum=1) for key in PlanProfile.__slots__})
         if found.min_batch > found.max_batch or found.min_tokens > found.max_tokens:
             raise BundleError(f"{profile.path[:-1]} takes no shape at all. Build the engine again.")
@@ -194,11 +195,8 @@ def _plan(section: Section) -> PlanInfo:
     return PlanInfo(file, section.integer("bytes", minimum=1), section.hash("sha256"), tuple(profiles))
 
 
-def _weight(name: str, index: int, item: Any, orders: Mapping[str, tuple[int, ...]]) -> EngineWeight:
-    section = Section(item if isinstance(item, dict) else {}, f"engine {name}: tensors[{index}].")
-    shape = section.items("shape")
-    if not all(type(extent) is int and extent >= 0 for extent in shape):
-        raise BundleError(f"The shape of {section.path[:-1]} is damaged. Build the engine again.")
+def _weight(section: Section, orders: Mapping[str, tuple[int, ...]]) -> EngineWeight:
+    shape = parse_shape(section)
     expression = parse_expression(section.section("expression"))
     if (dtype := dtype_of(expression)) != section.string("dtype"):
         raise BundleError(
@@ -213,7 +211,7 @@ def _weight(name: str, index: int, item: Any, orders: Mapping[str, tuple[int, ..
     return EngineWeight(
         name=_name(section, "name"),
         dtype=section.string("dtype"),
-        shape=tuple(shape),
+        shape=shape,
         role=section.one_of("role", (INPUT, REFIT)),
         expression=expression,
     )

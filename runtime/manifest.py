@@ -213,10 +213,7 @@ def _graph(section: Section) -> GraphInfo:
 
 def _kv(section: Section) -> KVInfo:
     layers = []
-    for index, item in enumerate(section.items("layers")):
-        if not isinstance(item, dict):
-            raise BundleError(f"The manifest's `kv.layers[{index}]` must be an object. Export the checkpoint again.")
-        layer = Section(item, f"kv.layers[{index}].")
+    for layer in section.sections("layers"):
         layers.append(
             LayerKV(
                 window=layer.optional_integer("window", minimum=1),

@@ -37,6 +37,9 @@ _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
 
 _SPELLED = {"F16": "float16", "BF16": "bfloat16"}
 
+_MOST_AXES = 8
+"""Weights have up to three, quantised ones up to four."""
+
 CAST_AT_ONCE = 1 << 22
 """Numbers that are cast at a time; the whole of a large output projection would take gigabytes beside it."""
 
@@ -107,19 +110,10 @@ def parse_expression(section: Section) -> Expression:
     """The tree that `to_json` of an expression wrote. Raises BundleError for anything else."""
     data = section.data
     if "file" in data:
-        shape = section.items("shape")
-        if not all(type(extent) is int and extent >= 0 for extent in shape):
-            raise BundleError(f"{section.path}shape is damaged. Build the engine again.")
         dtype = section.one_of("dtype", tuple(NUMPY_TYPES))
-        return Stored(section.string("file"), section.integer("offset", minimum=0), dtype, tuple(shape))
+        return Stored(section.string("file"), section.integer("offset", minimum=0), dtype, parse_shape(section))
     if "concat" in data:
-        items = section.items("concat")
-        return Concat(
-            tuple(
-                parse_expression(Section(item if isinstance(item, dict) else {}, f"{section.path}concat[{index}]."))
-                for index, item in enumerate(items)
-            )
-        )
+        return Concat(tuple(parse_expression(part) for part in section.sections("concat")))
     if "rows" in data:
         return Rows(parse_expression(section.section("rows")), section.string("order"))
     if "cast" in data:
@@ -127,6 +121,14 @@ def parse_expression(section: Section) -> Expression:
     if "signed" in data:
         return Signed(parse_expression(section.section("signed")), section.one_of("to", tuple(SIGN_BITS)))
     raise BundleError(f"{section.path[:-1]} says in no way how the weight is made. Build the engine again.")
+
+
+def parse_shape(section: Section) -> tuple[int, ...]:
+    """The extents under `shape`. Raises BundleError for anything else, and for what no array can have."""
+    shape = section.items("shape")
+    if len(shape) > _MOST_AXES or not all(type(extent) is int and 0 <= extent < 1 << 31 for extent in shape):
+        raise BundleError(f"{section.path}shape is damaged. Build the engine again.")
+    return tuple(shape)
 
 
 def dtype_of(expression: Expression) -> str:
@@ -190,7 +192,10 @@ def _arrays(expression: Expression, files: Files, orders: Orders) -> Iterator[tu
         whole = list(_arrays(expression.of, files, orders))
         try:
             array = whole[0][0] if len(whole) == 1 else np.concatenate([part for part, _ in whole])
-            reordered = np.take(array, np.asarray(orders[expression.order], np.int64), axis=0)
+            order = np.asarray(orders[expression.order], np.int64)
+            if len(order) != len(array):
+                raise ValueError(f"{len(array)} rows and {len(order)} places")
+            reordered = np.take(array, order, axis=0)
         except (ValueError, IndexError) as error:  # parts of other widths, or rows that are not there
             raise BundleError(
                 f"The rows of a weight cannot be put in the order {brief(expression.order)}: {error}. Build the engine "
@@ -221,7 +226,7 @@ def _mapped(stored: Stored, files: Files) -> npt.NDArray[Any]:
     path = files(stored.file)
     count = math.prod(stored.shape)
     if count == 0:
-        return np.empty(stored.shape, dtype)
+        return np.empty(0, dtype)
     try:
         raw = np.memmap(path, np.uint8, mode="r", offset=stored.offset, shape=(count * dtype.itemsize,))
     except (OSError, ValueError, OverflowError) as error:

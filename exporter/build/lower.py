@@ -18,14 +18,13 @@ from graph_passes.lower.bodies import refresh_bodies
 from graph_passes.lower.dequantize import dequantize_products
 from graph_passes.lower.packed_attention import pack_attention
 from graph_passes.lower.products import merge_products
-from graph_passes.ops import OPS
-from graph_passes.ops.base import DOMAIN, declare_op
+from graph_passes.ops.base import DOMAIN
 from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.rolling_attention import ROLLING_ATTENTION, ROLLING_ATTENTION_INT8
 from graph_passes.ops.stored_matmul import STORED_MATMUL
 from runtime.bundle import Bundle
 from runtime.engine_info import INPUT, REFIT, EngineWeight
-from runtime.errors import BackendError, BundleError, FusionError
+from runtime.errors import BackendError, BundleError
 from runtime.json_files import brief
 from runtime.weight_expression import Cast, Concat, Expression, Rows, Signed, Stored, files_of, pieces
 
@@ -64,7 +63,6 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
         )
     model = load_graph(bundle)
     _refuse(model, bundle, arithmetic)
-    _refuse_other_bodies(model, bundle)
     refresh_bodies(model)
     lower_arithmetic(model, arithmetic, kv)
     merge_products(model)
@@ -97,24 +95,6 @@ def _refuse(model: ir.Model, bundle: Bundle, arithmetic: str) -> None:
             f"the type of the scales, not in {arithmetic}. Build with --arithmetic float16 from a bundle with float16 "
             "scales, which is what an export writes by default."
         )
-
-
-def _refuse_other_bodies(model: ir.Model, bundle: Bundle) -> None:
-    """Another Cierzo's ops may take other types or attributes than the passes below write, under the same names."""
-    for node in model.graph:
-        if node.domain != DOMAIN:
-            continue
-        op = OPS.get(node.op_type)
-        try:
-            if op is None or not op.attributes.keys() <= node.attributes.keys():
-                raise FusionError(f"{node.name}: {node.op_type} is another op here.")
-            declare_op(model, op, {key: node.attributes[key].value for key in op.attributes}, str(node.name))
-        except FusionError as error:
-            raise BackendError(
-                f"The graph of {bundle.path} was written by Cierzo {bundle.manifest.cierzo_version}, whose "
-                f"{node.op_type} is not that of this version, and an engine would compute something else. Export the "
-                "checkpoint again."
-            ) from error
 
 
 def _refuse_other_files(bundle: Bundle, weight: EngineWeight) -> None:

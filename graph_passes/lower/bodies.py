@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graph_passes.ops import DOMAIN, OPS
-from graph_passes.ops.base import declare_op
+from graph_passes.ops.base import Attributes, PluginOp, declare_op
 from runtime.errors import FusionError
 
 
@@ -27,7 +27,14 @@ def refresh_bodies(model: ir.Model) -> None:
                 f"{', '.join(sorted(node.attributes))}. Export the checkpoint again with it."
             )
         attributes = {name: _READERS[kind](node.attributes[name]) for name, kind in op.attributes.items()}
-        declare_op(model, op, attributes, str(node.name))
+        _declare(model, op, attributes, str(node.name))
+
+
+def _declare(model: ir.Model, op: PluginOp, attributes: Attributes, place: str) -> None:
+    """What a body calls first: ONNX's own evaluator knows no function before it was declared."""
+    for called in op.calls:
+        _declare(model, called, attributes, place)
+    declare_op(model, op, attributes, place)
 
 
 _READERS = {

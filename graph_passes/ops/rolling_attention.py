@@ -106,7 +106,7 @@ def _int8_body(attributes: Attributes) -> str:
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Rows at every border of window and ring, with two query heads on one small key head.
+    """Rows at every border of window and ring, two at a time, with two query heads on one small key head.
 
     Cosine and sine are not on the unit circle, so that nothing cancels.
     """

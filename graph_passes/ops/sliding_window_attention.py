@@ -78,7 +78,7 @@ def boundary_rows(window: int, tokens: int, slots: int) -> tuple[npt.NDArray[np.
 
 
 def example_rows(window: int) -> Iterator[tuple[int, int, npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Rows at every border, two at a time: T = 1, 2 and 5, slots S of a ring that holds them, start [2] and count [2].
+    """Rows at every border, two at a time: tokens T, slots S of a ring that holds them, start [2] and count [2].
 
     Two, since one row alone could lend its positions to others; more would be too large for a window of 32,768. An odd
     last one goes with the first.
@@ -97,7 +97,7 @@ def example_rows(window: int) -> Iterator[tuple[int, int, npt.NDArray[np.int64],
 
 
 def _examples(rng: np.random.Generator, attributes: Attributes, shapes: Shapes) -> Iterator[Arrays]:
-    """Two query heads on one small key head: the sizes do not enter the arithmetic of positions."""
+    """Two query heads on one small key head: the sizes do not enter the arithmetic of positions. T = 1, 2 and 5."""
     for tokens, slots, start, count in example_rows(int(attributes["window"])):
         query = rng.standard_normal((2, 2, tokens, 4), dtype=np.float32)
         key, value = rng.standard_normal((2, 2, 1, slots, 4), dtype=np.float32)

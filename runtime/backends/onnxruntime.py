@@ -106,8 +106,8 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # what it logs as an error it also raises
-        # Spinning workers burn the cores that a neighbour needs: measured 13.7 against 7.4 tokens/s with one busy
-        # neighbour, and nothing lost on a quiet machine.
+        # Workers that spin gain up to a tenth on a quiet machine, but burn the cores that a neighbour needs: beside a
+        # busy one a token took 17 ms instead of 12.2 (docs/kernels.md).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # A peaked softmax yields denormals, which the processor handles 2 to 6 times slower than zeros.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")

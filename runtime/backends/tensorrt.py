@@ -28,6 +28,7 @@ from runtime.tensorrt.rings import writes_in_place
 from runtime.tensorrt.rows import Rows
 from runtime.tensorrt.staging import Logits
 from runtime.tensorrt.weights import refit, upload_weights
+from runtime.tensorrt.widths import padded, padded_width
 
 CAPABILITIES = Capabilities(
     name="tensorrt",
@@ -176,8 +177,8 @@ class TensorRtEngine:
     ) -> NDArray[np.float32]:
         """Run one step; see Engine.step. The logits returned are a buffer that the next step overwrites."""
         count = logit_positions.shape[1]
-        logits = self.run(input_ids, start_positions, token_counts, logit_positions, ALL if count else NONE)
-        return logits.array(self._batch, count)
+        logits, held = self.run(input_ids, start_positions, token_counts, logit_positions, ALL if count else NONE)
+        return logits.array(self._batch, held)[:, :count]
 
     def run(
         self,
@@ -186,13 +187,18 @@ class TensorRtEngine:
         token_counts: Int64Array,
         logit_positions: Int64Array,
         wanted: int,
-    ) -> Logits:
-        """Run one step, and give where its logits lie. wanted: how many of each token's logits come to the host: the
-        highest so many, ALL or NONE; only when it is NONE the step may still run when this returns."""
+    ) -> tuple[Logits, int]:
+        """Run one step, and give where its logits lie, and of how many tokens of each row: at least of those asked for.
+
+        wanted: how many of each token's logits come to the host: the highest so many, ALL or NONE; only when it is NONE
+        the step may still run when this returns.
+        """
         rows = self._ready()
         if wanted == NONE:  # no plan gives less than one row of logits
             logit_positions = np.zeros((self._batch, 1), np.int64)
-        tokens, count = input_ids.shape[1], logit_positions.shape[1]
+        tokens = padded_width(input_ids.shape[1], self._info.chunk)
+        count = logit_positions.shape[1] if logit_positions.shape[1] == 1 else tokens
+        input_ids, logit_positions = padded(input_ids, tokens), padded(logit_positions, count)
         kind = DECODE if tokens == 1 else PREFILL
         inputs, logits = rows.inputs[kind], rows.logits(count)
         inputs.fill(input_ids, start_positions, token_counts, logit_positions)
@@ -224,7 +230,7 @@ class TensorRtEngine:
             inputs.sent()
         else:
             self._device.synchronize()
-        return logits
+        return logits, count
 
     def run_top(
         self,

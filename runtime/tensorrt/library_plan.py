@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,10 @@ import numpy as np
 from runtime.engine_info import EngineInfo
 from runtime.errors import BackendError
 from runtime.json_files import brief
-from runtime.kernels.cuda.compiler import cache_folder
 from runtime.tensorrt.device import Device
 from runtime.tensorrt.engine_choice import BuiltEngine
 from runtime.tensorrt.flavor import Flavor
+from runtime.tensorrt.kept import kept_file, read_kept, write_kept
 from runtime.tensorrt.plans import PlanTensor
 
 _TYPES = {
@@ -114,7 +113,7 @@ class LibraryPlan:
     def __init__(self, library: Library, engine: Any, sha256: str) -> None:
         # In this order they go as well: an engine needs its stream and its plugins to the last.
         self._engine, self._library = engine, library
-        self._cache = cache_folder().parent / "engines" / f"{sha256[:32]}-{library.flavor.version}.cache"
+        self._cache = kept_file("engines", f"{sha256[:32]}-{library.flavor.version}")
         mode = library.flavor.trt.TensorIOMode
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.tensors: Mapping[str, PlanTensor] = MappingProxyType(
@@ -139,7 +138,7 @@ class LibraryPlan:
 
     def open(self, profile: int, scratch: int, nbytes: int) -> LibraryContext:
         library, file = self._library, self._cache
-        cached = _read(file)
+        cached = read_kept(file)
         opened = library.checked("open an engine", lambda: library.flavor.open_context(self._engine, cached))
         context, stream = opened.context, library.device.stream
         library.checked(f"take profile {profile}", lambda: context.set_optimization_profile_async(profile, stream))
@@ -147,9 +146,11 @@ class LibraryPlan:
         context.set_device_memory(scratch, nbytes)
 
         def keep() -> None:
+            nonlocal cached
             made = opened.cache_bytes()
             if made is not None and made != cached:
-                _write(file, made)
+                write_kept(file, made)
+                cached = made
 
         return LibraryContext(library, context, keep)
 
@@ -160,24 +161,31 @@ class LibraryPlan:
 
 
 class LibraryContext:
-    """See Context. keep: writes down what was compiled for it, called once it has run."""
+    """See Context. keep: writes down what was compiled for it, called when it has run with shapes that are new."""
 
     def __init__(self, library: Library, context: Any, keep: Callable[[], None]) -> None:
-        self._keep: Callable[[], None] | None = keep
+        self._keep = keep
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._told = True
+        self._ran: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
         self._context, self._library = context, library  # they go in this order
 
     def set_shape(self, name: str, shape: Sequence[int]) -> None:
         what = f"take {name} with the shape {list(shape)}"
         self._library.checked(what, lambda: self._context.set_input_shape(name, tuple(shape)))
+        self._shapes[name], self._told = tuple(shape), True
 
     def set_address(self, name: str, address: int) -> None:
         self._library.checked(f"take an address for {name}", lambda: self._context.set_tensor_address(name, address))
 
     def enqueue(self) -> None:
         self._library.checked("run a step", lambda: self._context.execute_async_v3(self._library.device.stream))
-        if self._keep is not None:
-            keep, self._keep = self._keep, None
-            keep()
+        if not self._told:
+            return
+        self._told, shapes = False, tuple(sorted(self._shapes.items()))
+        if shapes not in self._ran:
+            self._ran.add(shapes)
+            self._keep()
 
 
 class LibraryRefitter:
@@ -204,21 +212,3 @@ class LibraryRefitter:
 
 def _spelled(dtype: Any) -> str:
     return _TYPES.get(dtype.name, str(dtype.name))
-
-
-def _read(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except OSError:
-        return None
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Keep what makes the next start faster, if it can be kept."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as own:
-            own.write(content)
-        Path(own.name).replace(file)
-    except OSError:
-        return

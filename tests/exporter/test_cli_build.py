@@ -52,7 +52,8 @@ def test_options_reach_the_engine_and_json_says_all(folder: Path) -> None:
     told: dict[str, Any] = json.loads(result.stdout)
     assert told["flavor"] == "tensorrt-rtx"
     assert (told["compute_capability"], told["arithmetic"], told["kv"]) == ("8.6", "float16", "bfloat16")
-    assert (told["plugins"], told["weights"], told["compiled_kernels"]) == ([], "embedded", 0)
+    assert (told["plugins"], told["weights"]) == ([], "embedded")
+    assert told["compiled_kernels"] > 0  # those that choose among logits; no plugin has any
     assert told["folder"] == str(folder / "engines" / told["engine"])
     assert set(told["plans"]) == {PREFILL, DECODE}
     for name, plan in told["plans"].items():

@@ -164,3 +164,36 @@ def test_rows_of_no_whole_number_of_blocks_are_refused() -> None:
     lower_linears(lowered, dict.fromkeys(NAMES.values(), Quantized(4, 32, False, "F16")))
     with pytest.raises(FusionError, match=r"rows of 16 weights are no whole number of blocks of 32.*--block-size"):
         dequantize_products(lowered, ir.DataType.FLOAT16, _never)
+
+
+def test_scales_are_not_rounded_again() -> None:
+    lowered = model()
+    lower_linears(lowered, dict.fromkeys(NAMES.values(), Quantized(4, 16, False, "F32")))
+    with pytest.raises(FusionError, match=r"float32 scales.*to float16.*--scales"):
+        dequantize_products(lowered, ir.DataType.FLOAT16, _never)
+
+
+ROUTED = """g (float[N,16] x, float[4,16] router, float[8,16] query)
+    => (float[N,2] weights, int64[N,2] experts, float[N,8] q) {
+    logits = Gemm <transB = 1> (x, router)
+    weights, experts = cierzo.MoEGate <top_k = 2> (logits)
+    q = Gemm <transB = 1> (x, query)
+}"""
+
+
+@pytest.mark.parametrize("form", [Stored("F16"), Quantized(8, 16, False, "F16")], ids=str)
+def test_routers_stay_wide_also_where_they_came_quantised(form: Stored | Quantized) -> None:
+    """A rounded logit may send a token to another expert."""
+    names = {"router": "layers.0.moe.router.weight", "query": "layers.0.query.weight"}
+    lowered = fused(ROUTED, names)
+    lower_linears(lowered, dict.fromkeys(names.values(), form))
+    lower_arithmetic(lowered, "float16", "float16")
+    types = {str(v.name): v.dtype for node in lowered.graph for v in node.inputs if v is not None}
+    logits = next(node for node in lowered.graph if node.op_type == "MoEGate").inputs[0]
+    assert logits is not None
+    product = logits.producer()
+    assert product is not None
+    assert logits.dtype == types["x"] == ir.DataType.FLOAT
+    assert next(str(v.name) for v in product.inputs if v is not None) == "x"
+    other = next(node for node in lowered.graph if "MatMul" in node.op_type and node is not product)
+    assert next(str(v.name) for v in other.inputs if v is not None) == "x.float16"

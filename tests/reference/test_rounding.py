@@ -9,7 +9,7 @@ import torch
 from reference.checkpoint import Checkpoint, open_checkpoint
 from reference.model import ContextLayer
 from reference.oracle import Oracle
-from reference.rounding import Rounding, round_blocks, round_half, round_vectors, unrounded
+from reference.rounding import Rounding, round_blocks, round_float8, round_half, round_vectors, unrounded
 from reference.watched import WatchedOracle
 from reference.weights import LM_HEAD
 from tests.support.bundles import checkpoint
@@ -102,6 +102,14 @@ def test_a_layer_rounds_what_it_stores_and_what_it_multiplies(opened: Checkpoint
         layer.mlp.up_proj.register_forward_pre_hook(lambda _, inputs: seen.update(up_proj=inputs[0]))
         layer.mlp.up_proj(x)
         assert torch.equal(seen["up_proj"], x)
+
+
+def test_eight_bits_hold_448_at_most() -> None:
+    x = torch.tensor([0.0, 1.0625, 1.1, 2.0**-9, 2.0**-10, 448.0, 464.0, -464.0, 464.1, -1e4, torch.inf, torch.nan])
+    nan = torch.nan
+    expected = torch.tensor([0.0, 1.0, 1.125, 2.0**-9, 0.0, 448.0, 448.0, -448.0, nan, nan, nan, nan])
+    for dtype in (torch.float32, torch.float64):
+        torch.testing.assert_close(round_float8(x.to(dtype)), expected.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("rounding", [Rounding(kv="float16"), Rounding(kv="int8"), Rounding({LM_HEAD: 16})])

@@ -51,8 +51,8 @@ BUDGETS: Mapping[str, KernelBudget] = {
     ),
     "rolling_weights": KernelBudget(
         1.25,
-        "the activations' type, times the sum of weight · |value - attended|: each weight is rounded once, relatively to "
-        "the largest so far; those below the smallest normal number, by its unit roundoff, whatever their size; a "
+        "the activations' type, times the sum of weight · |value - attended|: each weight is rounded once, relative "
+        "to the largest so far; those below the smallest normal number, by its unit roundoff, whatever their size; a "
         "quarter more for exp2, second order, and a total of the weights that is not of the rounded ones",
     ),
     "rolling_sums": KernelBudget(

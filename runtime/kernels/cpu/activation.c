@@ -9,9 +9,14 @@ static const char *const ACTIVATION_NAMES[NUM_ACTIVATIONS] = {
     "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh",
 };
 
-int activation_named(const char *name) {
+int attribute_activation(const OrtApi *api, const OrtKernelInfo *info, Activation *kind) {
+    char name[32] = {0};
+    if (attribute_string(api, info, "activation", name, sizeof name)) return -1;
     for (int i = 0; i < NUM_ACTIVATIONS; i++)
-        if (strcmp(name, ACTIVATION_NAMES[i]) == 0) return i;
+        if (strcmp(name, ACTIVATION_NAMES[i]) == 0) {
+            *kind = (Activation)i;
+            return 0;
+        }
     return -1;
 }
 

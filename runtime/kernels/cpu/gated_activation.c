@@ -20,10 +20,8 @@ enum { PIECE = 8192 }; /* elements that one thread takes at once: its three piec
 
 static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info, void *memory) {
     State *state = memory;
-    char name[32] = {0};
-    int kind = attribute_string(api, info, "activation", name, sizeof name) ? -1 : activation_named(name);
-    if (kind < 0) return "GatedActivation has no activation that its kernel knows";
-    state->kind = (Activation)kind;
+    if (attribute_activation(api, info, &state->kind))
+        return "GatedActivation has no activation that its kernel knows";
     return NULL;
 }
 

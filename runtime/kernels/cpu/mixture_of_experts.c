@@ -220,24 +220,17 @@ static const char *run(void *memory, OrtKernelContext *context) {
 
 static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info, void *memory) {
     State *state = memory;
-    char name[32] = {0};
-    int kind = attribute_string(api, info, "activation", name, sizeof name) ? -1 : activation_named(name);
-    if (kind < 0) return "a mixture of experts has no activation that its kernel knows";
-    state->kind = (Activation)kind;
+    if (attribute_activation(api, info, &state->kind))
+        return "a mixture of experts has no activation that its kernel knows";
     scratch_users(1);
     return NULL;
-}
-
-static void destroy_state(void *memory) {
-    (void)memory;
-    scratch_users(-1);
 }
 
 #define OVERLOAD(type)                                                                                                \
     {                                                                                                                 \
         .name = "MixtureOfExperts", .num_inputs = 6, .num_outputs = 1,                                                \
         .input_types = {TYPE_FLOAT, TYPE_FLOAT, TYPE_INT64, type, type, type}, .output_types = {TYPE_FLOAT},          \
-        .state_bytes = sizeof(State), .read = read_attributes, .run = run, .destroy_state = destroy_state,            \
+        .state_bytes = sizeof(State), .read = read_attributes, .run = run, .destroy_state = leave_scratch,            \
     }
 
 Op mixture_of_experts_op = OVERLOAD(TYPE_FLOAT);

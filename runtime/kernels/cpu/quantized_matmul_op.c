@@ -32,11 +32,6 @@ static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info,
     return fault;
 }
 
-static void destroy_state(void *memory) {
-    (void)memory;
-    scratch_users(-1);
-}
-
 static int has_shape(const Tensor *tensor, int rank, int64_t a, int64_t b, int64_t c) {
     return tensor->rank == rank && tensor->dims[0] == a && tensor->dims[1] == b && (rank == 2 || tensor->dims[2] == c);
 }
@@ -92,7 +87,7 @@ static const char *run(void *memory, OrtKernelContext *context) {
         .name = "QuantizedMatMul", .num_inputs = NUM_INPUTS, .num_outputs = 1,                                        \
         .input_types = {TYPE_FLOAT, TYPE_UINT8, SCALE_TYPE, TYPE_UINT8}, .output_types = {TYPE_FLOAT},                \
         .optional_inputs = 1u << ZERO, .state_bytes = sizeof(State), .read = read_attributes, .run = run,             \
-        .destroy_state = destroy_state,                                                                               \
+        .destroy_state = leave_scratch,                                                                               \
     }
 
 Op quantized_matmul_float16_op = OVERLOAD(TYPE_FLOAT16);

@@ -268,21 +268,14 @@ static const char *run(void *memory, OrtKernelContext *context) {
 
 static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info, void *memory) {
     State *state = memory;
-    char name[32] = {0};
-    int kind = attribute_string(api, info, "activation", name, sizeof name) ? -1 : activation_named(name);
-    if (kind < 0) return "QuantizedMixtureOfExperts has no activation that its kernel knows";
+    if (attribute_activation(api, info, &state->kind))
+        return "QuantizedMixtureOfExperts has no activation that its kernel knows";
     if (attribute_int(api, info, "bits", &state->bits) || attribute_int(api, info, "block_size", &state->block))
         return "QuantizedMixtureOfExperts needs the attributes bits and block_size";
     if (state->bits < 0 || state->bits > 8 || state->block < 0 || state->block > 1024)
         return "QuantizedMixtureOfExperts takes numbers of 4 or 8 bits in blocks of 16 to 256";
-    state->kind = (Activation)kind;
     scratch_users(1);
     return NULL;
-}
-
-static void destroy_state(void *memory) {
-    (void)memory;
-    scratch_users(-1);
 }
 
 #define OVERLOAD(type)                                                                                                \
@@ -291,7 +284,7 @@ static void destroy_state(void *memory) {
         .input_types = {TYPE_FLOAT, TYPE_FLOAT, TYPE_INT64, TYPE_UINT8, type, TYPE_UINT8, type, TYPE_UINT8, type,     \
                         TYPE_UINT8, TYPE_UINT8, TYPE_UINT8},                                                          \
         .output_types = {TYPE_FLOAT}, .optional_inputs = 7u << 9, .state_bytes = sizeof(State),                       \
-        .read = read_attributes, .run = run, .destroy_state = destroy_state,                                          \
+        .read = read_attributes, .run = run, .destroy_state = leave_scratch,                                          \
     }
 
 Op quantized_mixture_of_experts_op = OVERLOAD(TYPE_FLOAT);

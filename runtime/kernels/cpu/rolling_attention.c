@@ -36,11 +36,6 @@ static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info,
     return NULL;
 }
 
-static void destroy_state(void *memory) {
-    (void)memory;
-    scratch_users(-1);
-}
-
 static int is(const Tensor *x, int rank, int64_t d0, int64_t d1, int64_t d2, int64_t d3) {
     const int64_t dims[4] = {d0, d1, d2, d3};
     return x->rank == rank && memcmp(x->dims, dims, (size_t)rank * sizeof *dims) == 0;
@@ -143,7 +138,7 @@ static const char *run_int8(void *state, OrtKernelContext *context) { return run
 #define OVER_RINGS(type, function)                                                                                    \
     {.name = "RollingAttention", .num_inputs = 9, .num_outputs = 3,                                                   \
      .input_types = {FLOATS, type, type, TYPE_INT64, TYPE_INT64}, .output_types = {TYPE_FLOAT, type, type},           \
-     .state_bytes = sizeof(State), .read = read_attributes, .run = function, .destroy_state = destroy_state}
+     .state_bytes = sizeof(State), .read = read_attributes, .run = function, .destroy_state = leave_scratch}
 
 Op rolling_attention_float_op = OVER_RINGS(TYPE_FLOAT, run_float);
 Op rolling_attention_half_op = OVER_RINGS(TYPE_FLOAT16, run_half);
@@ -157,5 +152,5 @@ Op rolling_attention_int8_op = {
     .state_bytes = sizeof(State),
     .read = read_attributes,
     .run = run_int8,
-    .destroy_state = destroy_state,
+    .destroy_state = leave_scratch,
 };

@@ -14,5 +14,6 @@ void give_back(Scratch *);
 
 /* Every kernel that borrows says so when it is made and when it is destroyed: with the last one the memory goes. */
 void scratch_users(int more);
+void leave_scratch(void *state); /* one user less: `destroy_state` of an Op whose state holds nothing else */
 
 #endif

@@ -78,16 +78,11 @@ static const char *read_attributes(const OrtApi *api, const OrtKernelInfo *info,
     return NULL;
 }
 
-static void destroy_state(void *memory) {
-    (void)memory;
-    scratch_users(-1);
-}
-
 #define OVERLOAD(type)                                                                                                \
     {                                                                                                                 \
         .name = "StoredMatMul", .num_inputs = 2, .num_outputs = 1, .input_types = {TYPE_FLOAT, type},                 \
         .output_types = {TYPE_FLOAT}, .state_bytes = sizeof(OpState),.read = read_attributes, .run = run,             \
-        .destroy_state = destroy_state,                                                                               \
+        .destroy_state = leave_scratch,                                                                               \
     }
 
 Op stored_matmul_op = OVERLOAD(TYPE_FLOAT);
