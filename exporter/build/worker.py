@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.build.job import DONE, PROGRESS, REFUSED, BuildJob, read_job
+from exporter.machine import memory_of
 from runtime.errors import BackendError, CierzoError
 from runtime.tensorrt.flavor import load_flavor
 
@@ -81,8 +82,15 @@ def run(job: BuildJob, messages: Messages) -> Mapping[str, Any]:
             {"source": kernel.source, "name": kernel.name, "definitions": dict(kernel.definitions)}
             for kernel in registration.kernels
         ]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"plans": plans, "launched": launched, "peak_bytes": peak}
+    return {"plans": plans, "launched": launched, "peak_bytes": _peak_bytes()}
+
+
+def _peak_bytes() -> int:
+    """The most that this process had in memory. What getrusage tells is also that of its parent, before it was this."""
+    told = memory_of().get("VmHWM")
+    if told is not None:
+        return told
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _end_with_stdin() -> None:

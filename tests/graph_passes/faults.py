@@ -215,14 +215,14 @@ FAULTS: dict[str, tuple[str, Change]] = {
     "all tokens to the first choice of expert 0": (
         "experts",
         body(
-            ("(nothing_NE, expert_NK, weight_NK)", "(nothing_NE, first, weight_NK)"),
+            ("(nothing_NE, expert_NK, weight_like_x)", "(nothing_NE, first, weight_like_x)"),
             ahead("axis_0", "first = Sub (expert_NK, expert_NK)"),
         ),
     ),
     "the next expert": (
         "experts",
         body(
-            ("(nothing_NE, expert_NK, weight_NK)", "(nothing_NE, next, weight_NK)"),
+            ("(nothing_NE, expert_NK, weight_like_x)", "(nothing_NE, next, weight_like_x)"),
             ("weight_NE = S", NEXT),
         ),
     ),

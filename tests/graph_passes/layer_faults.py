@@ -73,7 +73,7 @@ LAYER_FAULTS: dict[str, tuple[str, Change]] = {
         "layer",
         body(
             ahead("rotated_key", "back = Neg (sin_BTd)"),
-            ("(key_BGTD, cos_BTd, sin_BTd)", "(key_BGTD, cos_BTd, back)"),
+            ("(key_like_cos, cos_BTd, sin_BTd)", "(key_like_cos, cos_BTd, back)"),
         ),
     ),
     "the old keys are attended to": ("layer", body(("CastLike (present_key_BGSD,", "CastLike (past_key_BGSD,"))),
