@@ -47,7 +47,10 @@ def build(bundle: Path, plugins: str, compute_capability: str) -> tuple[dict[str
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
-        told: dict[str, Any] = json.loads(output.read())
+        said = output.read()
+    if process.returncode < 0 or not said:
+        raise SystemExit(f"`cierzo build` ended with {process.returncode} and said nothing.")
+    told: dict[str, Any] = json.loads(said)
     if process.returncode != 0:
         raise SystemExit(told["error"]["message"])
     return told, usage.ru_maxrss * 1024

@@ -125,6 +125,8 @@ def draw(built: BuiltEngine) -> Table:
     info = built.info
     title = f"{info.flavor} {info.version}, compute capability {info.compute_capability}, {info.arithmetic}"
     table = new_table(title, "plan", "rows", "tokens", "MB", "seconds", *(_COLUMNS[kind] for kind in KINDS))
+    table.padding = 0  # so that a terminal of 80 columns holds it
+    table.columns[0].no_wrap = True
     for name, plan in info.plans.items():
         for index, (profile, counts) in enumerate(zip(plan.profiles, built.kernels[name], strict=True)):
             whole = (name, f"{plan.bytes / 1e6:,.1f}", f"{built.seconds[name]:.1f}") if index == 0 else ("", "", "")

@@ -47,9 +47,18 @@ def hidden_like(out: Path) -> Path:
 
 def remove_leftovers(out: Path) -> None:
     """Remove the folders that exports to `out` left when they were killed; those of running exports stay."""
-    pattern = re.compile(re.escape(_prefix(out)) + _RANDOM)
+    _remove_matching(out.parent, re.escape(_prefix(out)) + _RANDOM)
+
+
+def remove_all_leftovers(parent: Path) -> None:
+    """The same for whatever was to be made in `parent`, a folder in which nobody else makes anything."""
+    _remove_matching(parent, rf"\..+\.partial-{_RANDOM}")
+
+
+def _remove_matching(parent: Path, names: str) -> None:
+    pattern = re.compile(names)
     with contextlib.suppress(OSError):  # what cannot be removed, or is gone meanwhile, is in nobody's way
-        for entry in sorted(out.parent.iterdir()):
+        for entry in sorted(parent.iterdir()):
             if pattern.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
                 _remove_unlocked(entry)
 

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,11 @@ def build(
         weights=weights,
     )
     _refuse_full_disk(opened, options)
-    name = options.name(opened)
     lowered = lower_for_engine(opened, options.arithmetic, options.kv)
     nodes = _plugin_nodes(lowered, options.plugins)
     require_nodes(opened, plugins, options.plugins, nodes)
+    options = replace(options, plugins=tuple(sorted(nodes)))  # so that the same engine has one name, however asked for
+    name = options.name(opened)
     with engine_folder(opened, name) as folder:
         graph = folder / _LOWERED
         graph.write_bytes(lowered.onnx)
@@ -143,7 +144,12 @@ def plan_profiles(bundle: Bundle) -> dict[str, tuple[PlanProfile, ...]]:
 def _refuse_full_disk(bundle: Bundle, options: BuildOptions) -> None:
     needed = _PLANS_AT_MOST
     if options.weights == EMBEDDED:
-        needed += 2 * sum(file.bytes for file in bundle.manifest.weights.files.values())
+        manifest = bundle.manifest
+        stored = sum(file.bytes for file in manifest.weights.files.values())
+        computed = manifest.model.parameters * (4 if options.arithmetic == "float32" else 2)
+        # A plan may hold a weight once for each of its profiles.
+        copies = sum(len(profiles) for profiles in plan_profiles(bundle).values())
+        needed += copies * (computed if manifest.weights.quantization is None else stored)
     free = shutil.disk_usage(bundle.path).free
     if free < needed:
         raise BackendError(

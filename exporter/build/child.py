@@ -9,15 +9,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from exporter.build.job import DONE, PROGRESS, REFUSED, BuildJob
 from runtime.errors import BackendError
 
 _LOG_LINES, _LOG_BYTES = 6, 1 << 14
-_ROOT = Path(__file__).resolve().parents[2]
-WORKER = (sys.executable, "-m", "exporter.build.worker")
+_START = "import sys; sys.path[:] = sys.argv[1:] or sys.path; from exporter.build.worker import start; start()"
+WORKER = (sys.executable, "-c", _START)
+"""The process that builds; it is given the folders to import from, which are those of this one in the same order."""
 
 
 def run_job(job: BuildJob, progress: Callable[[str, int], None]) -> Mapping[str, Any]:
@@ -27,7 +27,8 @@ def run_job(job: BuildJob, progress: Callable[[str, int], None]) -> Mapping[str,
     with how it ended and the last lines of its log when it gave none.
     """
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=_ROOT)
+        command = (*WORKER, *sys.path)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         try:
             assert process.stdin is not None
             assert process.stdout is not None

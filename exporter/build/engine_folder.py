@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.hashing import own_entry
-from exporter.partial import partial_folder, remove_leftovers
+from exporter.partial import partial_folder, remove_all_leftovers
 from exporter.save import MANIFEST_FILE
 from runtime.bundle import Bundle
 from runtime.engine_info import ENGINE_FILE, ENGINES_FOLDER
@@ -39,7 +39,7 @@ def engine_folder(bundle: Bundle, name: str) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             engines.mkdir(exist_ok=True)
-            remove_leftovers(target)
+            remove_all_leftovers(engines)
             partial = stack.enter_context(partial_folder(target))
         except OSError as error:
             raise _refused(bundle, error) from error
@@ -63,13 +63,19 @@ def _publish(bundle: Bundle, partial: Path, target: Path) -> None:
     with _locked(target.parent):
         if target.exists():
             _list(bundle, target.name, None)  # what is listed is whole, at every moment
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-            target.rename(old / target.name)
-            shutil.rmtree(old, ignore_errors=True)
+            # Under the name of an unfinished one: should this be killed here, the next build removes it.
+            with partial_folder(target) as old:
+                target.rename(old / target.name)
+                shutil.rmtree(old, ignore_errors=True)
         entry = own_entry(partial / ENGINE_FILE)
         partial.rename(target)
-        _sync(target.parent)
-        _list(bundle, target.name, entry)
+        try:
+            _sync(target.parent)
+            _list(bundle, target.name, entry)
+        except BaseException:
+            if target.name not in _document(bundle).get("engines", {}):
+                shutil.rmtree(target, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -83,14 +89,24 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _list(bundle: Bundle, name: str, entry: dict[str, Any] | None) -> None:
-    """Let the manifest have `entry` for the engine `name`, or none; all else in it stays as it is."""
-    path = bundle.path / MANIFEST_FILE
-    document = parse_json_object(
-        path.read_bytes(),
+def _document(bundle: Bundle) -> dict[str, Any]:
+    return parse_json_object(
+        (bundle.path / MANIFEST_FILE).read_bytes(),
         lambda cause: BundleError(f"The manifest is not readable JSON ({cause}). Export the checkpoint again."),
     )
-    engines = {key: value for key, value in document.get("engines", {}).items() if key != name}
+
+
+def _list(bundle: Bundle, name: str, entry: dict[str, Any] | None) -> None:
+    """Let the manifest have `entry` for the engine `name`, or none, and no engine whose folder was deleted.
+
+    All else in it stays as it is.
+    """
+    path, document = bundle.path / MANIFEST_FILE, _document(bundle)
+    engines = {
+        key: value
+        for key, value in document.get("engines", {}).items()
+        if key != name and os.path.isdir(bundle.path / ENGINES_FOLDER / key)
+    }
     if entry is not None:
         engines[name] = entry
     document.pop("engines", None)

@@ -13,9 +13,9 @@ from exporter.build.job import BuildJob
 from runtime.engine_info import INPUT, EngineWeight
 from runtime.errors import BackendError
 from runtime.tensorrt.flavor import Flavor
+from runtime.tensorrt.weights import BITS
 from runtime.weight_expression import pieces
 
-_BITS = {"F32": 32, "F16": 16, "BF16": 16, "I8": 8, "I4": 4}
 _MOST_SHOWN = 3
 
 
@@ -53,7 +53,24 @@ def parse_network(flavor: Flavor, logger: Any, job: BuildJob) -> Network:
     readers = _readers(definition, {weight.name for weight in constants})
     for weight in constants:
         _replace(trt, definition, weight, readers[weight.name], _numbers(job, weight, held) if job.embedded else 0)
+    _settle_borders(flavor, definition)
     return Network(builder, definition, parser, held, bool(constants) and not job.embedded)
+
+
+def _settle_borders(flavor: Flavor, definition: Any) -> None:
+    """Let inputs and outputs lie row by row on the GPU, as whoever runs the plan lays them out.
+
+    Raises BackendError for an input whose numbers decide on shapes: the library would read it on the host.
+    """
+    inputs = [definition.get_input(index) for index in range(definition.num_inputs)]
+    outputs = [definition.get_output(index) for index in range(definition.num_outputs)]
+    for tensor in (*inputs, *outputs):
+        tensor.allowed_formats = 1 << int(flavor.trt.TensorFormat.LINEAR)
+    if on_host := [tensor.name for tensor in inputs if tensor.is_shape_tensor]:
+        raise BackendError(
+            f"{flavor.name} {flavor.version} takes shapes from the numbers of {on_host[0]}, and a plan's inputs lie "
+            "on the GPU. Export the checkpoint again, which writes a graph without such a node."
+        )
 
 
 def _refusal(flavor: Flavor, parser: Any) -> str:
@@ -121,7 +138,7 @@ def _numbers(job: BuildJob, weight: EngineWeight, held: list[npt.NDArray[np.uint
     """The address of a weight's bytes: those of the file where they are as the engine reads them, else made ones."""
     parts = list(pieces(weight.expression, lambda name: Path(job.files[name]), job.orders))
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    expected = _count(weight) * _BITS[weight.dtype] // 8
+    expected = _count(weight) * BITS[weight.dtype] // 8
     if whole.nbytes != expected:
         raise BackendError(
             f"The weight {weight.name} has {whole.nbytes} bytes, and {expected} are needed. Export the bundle again."

@@ -155,10 +155,9 @@ def _target(flavor: Flavor, asked: str | None) -> str:
     """The compute capability to build for."""
     if asked is not None and not _CAPABILITY.fullmatch(asked):
         raise BackendError(f"{asked!r} is no compute capability. It is spelled like 8.9; NVIDIA lists it for each GPU.")
-    here, reason = _gpu()
     if flavor.builds_for is None:
-        return _of_the_gpu(flavor, here, reason, asked)
-    target = asked if asked is not None else here
+        return _of_the_gpu(flavor, *_gpu(), asked)
+    target = asked if asked is not None else _gpu()[0]
     if target is None:
         raise BackendError(
             "There is no GPU here to build for, so say for which one: --compute-capability, one of "

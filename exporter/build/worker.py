@@ -1,7 +1,5 @@
 """The process that builds: reads a BuildJob on stdin, writes one JSON message a line on stdout; see job.py.
 
-    python -m exporter.build.worker
-
 The job is one line. Stdin stays open behind it, and this process ends when it closes: when nobody is left who waits.
 What the libraries print goes to stderr, which the process that started this one keeps for the case that it ends badly.
 """
@@ -15,7 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from exporter.build.job import DONE, PROGRESS, REFUSED, BuildJob, read_job
 from exporter.machine import memory_of
@@ -71,13 +69,13 @@ def run(job: BuildJob, messages: Messages) -> Mapping[str, Any]:
                 return messages.send(**{PROGRESS: [plan, percent]})
 
             built = build_plan(flavor, job, name, registration, report)
-            with open(Path(job.folder) / f"{name}.plan", "wb") as file:
-                file.write(memoryview(built.content))
+            _write(Path(job.folder) / f"{name}.plan", built.content)
             plans[name] = {
                 "seconds": built.seconds,
                 "summary": [dict(counts) for counts in summary(built.kernels, len(job.plans[name]))],
                 "kernels": [kernel.to_json() for kernel in built.kernels],
             }
+            del built  # an embedded plan is as large as the model, and the next one is to have its memory
         launched = [
             {"source": kernel.source, "name": kernel.name, "definitions": dict(kernel.definitions)}
             for kernel in registration.kernels
@@ -91,6 +89,17 @@ def _peak_bytes() -> int:
     if told is not None:
         return told
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _write(path: Path, content: Any) -> None:
+    try:
+        with open(path, "wb") as file:
+            file.write(memoryview(content))
+    except OSError as error:
+        raise BackendError(
+            f"The plan {path.name} of {memoryview(content).nbytes / 1e6:,.1f} MB cannot be written into the bundle: "
+            f"{error.strerror or error}. Free some space there, and build again."
+        ) from error
 
 
 def _end_with_stdin() -> None:
@@ -113,7 +122,8 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """`main`, as all that a process does."""
     code = main()
     sys.stdout.flush()
     os._exit(code)  # the library's own teardown, with engines still held, is nobody's concern

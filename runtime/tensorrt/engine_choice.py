@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import isdir  # a name that is too long for one is none
 from pathlib import Path
 
 from runtime.bundle import Bundle
@@ -66,9 +67,11 @@ def choose_engine(
             f"these, or build another with {build}."
         )
     names = sorted(engines) if asked is None else [asked]
-    found = [read_engine(bundle, name) for name in names]
+    deleted = [name for name in names if asked is None and not isdir(bundle.path / ENGINES_FOLDER / name)]
+    found = [read_engine(bundle, name) for name in names if name not in deleted]
     flavors = _Flavors(load)
-    reasons = {info.name: _misfit(bundle, info, compute_capability, backend, flavors) for info in found}
+    reasons: dict[str, str | None] = dict.fromkeys(deleted, "was deleted")
+    reasons |= {info.name: _misfit(bundle, info, compute_capability, backend, flavors) for info in found}
     fitting = [info for info in found if reasons[info.name] is None]
     if not fitting:
         said = "; ".join(f"{name} {reason}" for name, reason in reasons.items())

@@ -26,7 +26,11 @@ def write_kept(file: Path, content: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as own:
-            own.write(content)
-        Path(own.name).replace(file)
+            try:
+                own.write(content)
+                own.flush()
+                Path(own.name).replace(file)
+            except OSError:
+                Path(own.name).unlink(missing_ok=True)
     except OSError:
         return

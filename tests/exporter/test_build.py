@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 
 import exporter
 from exporter.build import build as building
+from exporter.build.engine_folder import engine_folder
 from exporter.defaults import BUILDING, COMPILING
 from runtime.bundle import Bundle, read_bundle
 from runtime.engine_info import DECODE, EMBEDDED, INPUT, PREFILL, REFIT, PlanProfile
@@ -163,6 +165,65 @@ def test_a_bundle_that_cannot_be_written_to_is_left_alone(tmp_path: Path, monkey
         building.build(opened.path, compute_capability="8.9")
 
 
+def test_an_engine_that_cannot_be_listed_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
+    replaced = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if Path(target).name == "manifest.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replaced(source, target)
+
+    with engine_folder(opened, "first") as folder:
+        (folder / "engine.json").write_text("{}")
+    before = (opened.path / "manifest.json").read_bytes()
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(BackendError, match="No space left"), engine_folder(opened, "second") as folder:
+        (folder / "engine.json").write_text("{}")
+    assert (opened.path / "manifest.json").read_bytes() == before
+    assert [path.name for path in (opened.path / "engines").iterdir()] == ["first"]
+    assert {path.name for path in opened.path.iterdir()} == {
+        *("engines", "manifest.json", "model.onnx", "model.safetensors"),
+    }
+
+
+def test_deleted_engines_are_listed_no_more(tmp_path: Path) -> None:
+    opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
+    for name in ("first", "second", "third"):
+        with engine_folder(opened, name) as folder:
+            (folder / "engine.json").write_text("{}")
+        shutil.rmtree(opened.path / "engines" / "first", ignore_errors=True)
+    assert list(read_bundle(opened.path).manifest.engines) == ["second", "third"]
+
+
+def test_an_engine_that_is_listed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
+    replaced = os.replace
+
+    def interrupted(source: str, target: Path) -> None:
+        replaced(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), engine_folder(opened, "engine") as folder:
+        (folder / "engine.json").write_text("{}")
+    assert list(read_bundle(opened.path).manifest.engines) == ["engine"]
+    assert [path.name for path in (opened.path / "engines").iterdir()] == ["engine"]
+
+
+def test_what_killed_builds_of_any_engine_left_is_removed(tmp_path: Path) -> None:
+    opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
+    engines = opened.path / "engines"
+    (engines / ".other.partial-abcd1234").mkdir(parents=True)
+    (engines / ".other.partial-abcd1234" / "prefill.plan").touch()
+    (engines / "kept.partial-abcd1234").mkdir()
+    with engine_folder(opened, "running") as other, engine_folder(opened, "engine") as folder:
+        for made in (other, folder):
+            (made / "engine.json").write_text("{}")
+        names = sorted(path.name.split("partial-")[0] for path in engines.iterdir())
+    assert names == [".engine.", ".running.", "kept."]
+
+
 @pytest.mark.parametrize("moment", KILLED_AT)
 def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path: Path, moment: str) -> None:
     opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
@@ -182,3 +243,14 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path: Path, moment: 
         built = building.build(opened.path, compute_capability="8.9", plugins="none")
     assert [path.name for path in engines.iterdir()] == [built.info.name], "what the killed one left is gone"
     assert list(read_bundle(opened.path).manifest.engines) == [built.info.name]
+
+
+def test_an_engine_has_one_name_however_its_plugins_are_asked_for(tmp_path: Path) -> None:
+    opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
+    with kernels_compiled():
+        built = [
+            building.build(opened.path, compute_capability="8.9", plugins=asked).folder
+            for asked in (None, "all", "PackedRollingAttention")
+        ]
+    assert len(set(built)) == 1
+    assert list(read_bundle(opened.path).manifest.engines) == [built[0].name]

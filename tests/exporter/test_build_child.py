@@ -173,6 +173,30 @@ def test_a_plugin_tells_which_type_it_does_not_take(tmp_path: Path) -> None:
     assert "'gate'" in found
 
 
+def test_an_input_whose_numbers_are_a_shape_is_refused(tmp_path: Path) -> None:
+    graph = model(helper.make_node("Reshape", ["x", "rows_and_columns"], ["y"]))
+    graph.graph.input.append(helper.make_tensor_value_info("rows_and_columns", TensorProto.INT64, [2]))
+    assert "takes shapes from the numbers of rows_and_columns" in refusal(job(tmp_path, graph))
+
+
+def test_a_plan_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    graph = model(helper.make_node("Relu", ["x"], ["y"]))
+    found = refusal(replace(job(tmp_path, graph), folder=str(tmp_path / "gone")))
+    assert found.startswith("The plan prefill.plan of 0.")
+    assert "No such file or directory" in found
+
+
+def test_it_imports_what_this_process_does_and_stays_where_this_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dataclasses.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    graph = model(helper.make_node("NonZero", ["x"], ["y"], name="odd"), output=TensorProto.INT64)
+    assert "'odd'" in refusal(job(tmp_path, graph))
+    pretend(monkeypatch, "print(json.dumps({'done': {'path': sys.argv[1:], 'folder': os.getcwd()}}))")
+    assert run_job(job(tmp_path), lambda *_: None) == {"path": sys.path, "folder": str(tmp_path)}
+
+
 def test_a_library_that_is_missing_is_named_by_the_process_too(tmp_path: Path) -> None:
     assert 'pip install "cierzo[tensorrt]"' in refusal(job(tmp_path, flavor="tensorrt"))
 

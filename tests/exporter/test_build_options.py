@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from exporter import defaults
+from exporter.build import build as building
 from exporter.build import options
 from exporter.build.build import build
 from exporter.build.options import default_arithmetic, resolve_options
@@ -171,6 +172,15 @@ def test_a_full_disk_is_noticed_before_the_work(bundle: Bundle, monkeypatch: pyt
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(BackendError, match=r"0\.00 GB left"):
         build(bundle.path, compute_capability="8.9")
+
+
+def test_embedded_weights_take_what_their_arithmetic_does(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = replace(bundle.manifest, model=replace(bundle.manifest.model, parameters=10**9))
+    monkeypatch.setattr(building, "read_bundle", lambda *_, **__: replace(bundle, manifest=manifest))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=256 << 20))
+    for arithmetic, width in (("bfloat16", 2), ("float32", 4)):
+        with pytest.raises(BackendError, match=rf"may need {3 * width}\.27 GB"):
+            build(bundle.path, compute_capability="8.9", arithmetic=arithmetic, weights=EMBEDDED)
 
 
 def test_rings_of_int8_are_the_cpus(tmp_path: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from exporter.cli import cli
+from exporter.cli_build import draw
 from exporter.inspect import inspect_path
 from runtime.bundle import read_bundle
 from runtime.engine_info import DECODE, PREFILL
-from tests.support.engines import CHUNK, bundle_of, kernels_compiled
+from tests.support.engines import CHUNK, bundle_of, engine, kernels_compiled
 from tests.support.inspecting import drawn
 
 
@@ -43,6 +46,22 @@ def test_a_table_shows_what_a_step_runs_and_a_line_what_was_written(folder: Path
     assert f"wrote {folder}/engines/{name} (" in result.stdout.replace("\n", "")
     assert "filled from model.safetensors when it is loaded" in result.stdout.replace("\n", "")
     assert "compute capability 8.9, bfloat16" in result.stdout
+
+
+def test_the_table_of_a_large_model_fits_a_terminal() -> None:
+    built = engine("window").built
+    plans = {name: replace(plan, bytes=28_000_000_000) for name, plan in built.info.plans.items()}
+    counts = {"product": 1234, "attention": 1, "plugin": 123, "copy": 123, "other": 1234}
+    large = replace(
+        built,
+        info=replace(built.info, plans=plans),
+        seconds=dict.fromkeys(plans, 1234.5),
+        kernels={name: [counts] * len(plan.profiles) for name, plan in plans.items()},
+    )
+    with (console := Console(width=80)).capture() as shown:
+        console.print(draw(large))
+    rows = [line.split() for line in shown.get().splitlines()]
+    assert [PREFILL, "1-2", f"1-{CHUNK}", "28,000.0", "1234.5", "1234", "1", "123", "123", "1234"] in rows
 
 
 def test_options_reach_the_engine_and_json_says_all(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_one_that_does_not_fit_is_refused_with_the_reason(folder: Path, name: st
     with pytest.raises(BackendError, match=f"runs here: this {words}.*`cierzo build"):
         chosen(folder)
     with pytest.raises(BackendError, match=f"this {words}"):
+        chosen(folder, "this")
+
+
+def test_one_whose_folder_was_deleted_is_in_nobody_s_way(folder: Path) -> None:
+    add(folder, "this")
+    shutil.rmtree(folder / "engines" / "this")
+    with pytest.raises(BackendError, match="runs here: this was deleted"):
+        chosen(folder)
+    add(folder, "other")
+    assert chosen(folder).info.name == "other"
+    with pytest.raises(BundleError, match=r"this .* cannot be read"):
         chosen(folder, "this")
 
 

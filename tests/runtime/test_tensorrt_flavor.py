@@ -190,3 +190,7 @@ def test_what_is_kept_is_found_again_and_may_be_lost(tmp_path: Path, monkeypatch
     monkeypatch.setenv("CIERZO_CACHE", str(tmp_path / "no folder"))
     write_kept(kept_file("timings", "x"), b"one")  # nothing is raised
     assert read_kept(kept_file("timings", "x")) is None
+    taken = tmp_path / "taken"
+    (taken / "folder").mkdir(parents=True)
+    write_kept(taken, b"one")  # cannot take its place
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -102,7 +102,7 @@ def _nvrtc() -> tuple[Any, Any, tuple[int, int]]:
     except (ImportError, RuntimeError) as error:  # RuntimeError: the package finds no library
         raise BackendError(
             f"CUDA kernels are compiled by NVRTC, which cannot be loaded here ({_first_line(error)}). Install "
-            "cuda-core, cuda-bindings and nvidia-cuda-nvrtc, or build without plugins."
+            'cuda-core, cuda-bindings and nvidia-cuda-nvrtc: `pip install "cierzo[cuda-kernels]"`.'
         ) from error
     if int(status) != 0:
         raise BackendError(f"NVRTC does not tell its version ({status.name}). Install nvidia-cuda-nvrtc again.")
