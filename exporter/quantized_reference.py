@@ -17,8 +17,10 @@ from graph_passes.ops import DOMAIN
 from graph_passes.ops.quantized_matmul import QUANTIZED_MATMUL
 from graph_passes.ops.quantized_moe import QUANTIZED_MIXTURE_OF_EXPERTS
 from reference.oracle import Load
+from reference.parity import TOLERANCES
 from reference.quantized_layout import QuantizedFormat, QuantizedRows, dequantize
 from reference.rounding import Rounding
+from runtime.backends.base import Numerics
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
 
@@ -54,6 +56,17 @@ def quantized_reference(bundle: Bundle) -> QuantizedReference:
             weights[parameter] = partial(_numbers, model, parameter, bits, size, width)
             blocks[parameter] = size
     return QuantizedReference(weights, Rounding(blocks, bundle.manifest.kv.dtype))
+
+
+_FROM_FINE_TO_COARSE = tuple(TOLERANCES)
+"""Types, in the order of the table."""
+
+
+def of_engine(numerics: Numerics, of_bundle: Rounding) -> tuple[Rounding, str]:
+    """What an engine of the bundle rounds on the way, and the coarsest type in that or in what it computes in."""
+    blocks = of_bundle.activation_blocks if numerics.rounds_activations else {}
+    rounding = Rounding(blocks, numerics.kv)
+    return rounding, max(rounding.kind, numerics.arithmetic, key=_FROM_FINE_TO_COARSE.index)
 
 
 def _numbers(model: ir.Model, parameter: str, bits: int, block: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

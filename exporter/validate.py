@@ -19,12 +19,11 @@ import numpy.typing as npt
 
 from exporter.borders import boundary_lengths, last_position
 from exporter.quality import measure_quality, quality_check, read_text
-from exporter.quantized_reference import quantized_reference
+from exporter.quantized_reference import of_engine, quantized_reference
 from exporter.reopen import reopen
 from exporter.validation_report import Check, ValidationReport, render
 from reference.checkpoint import Checkpoint
-from reference.parity import TOLERANCES, Budget, budget, position_errors
-from reference.rounding import Rounding
+from reference.parity import Budget, budget, position_errors
 from runtime import load
 from runtime.backends import DEFAULT_BACKEND
 from runtime.errors import CheckpointError, InputError
@@ -38,9 +37,6 @@ LONGEST_PROBE = 8192
 
 _ONE_AT_A_TIME = 96
 """Tokens that are fed singly at most, at the end of the row, where every ring has wrapped."""
-
-_FROM_FINE_TO_COARSE = tuple(TOLERANCES)
-"""Types, in the order of the table."""
 
 Progress = Callable[[str, int, int], None]
 Row = npt.NDArray[np.int64]
@@ -107,13 +103,14 @@ def validate(
     oracle = Oracle(opened, quantized.weights)
     tokens = [row.tolist() for row in rows]
     truth = tuple(t.numpy() for t in oracle.logits(tokens, torch.float64, progress))
-    rounding, dtype = _rounding(session, quantized.rounding)
+    rounding, dtype = of_engine(session.numerics, quantized.rounding)
     arithmetic = getattr(torch, session.numerics.arithmetic)
     own = tuple(t.float().numpy() for t in oracle.logits(tokens, arithmetic, progress, rounding=rounding))
     run = _Run(session, windows, rows, truth, budget(truth, own, dtype), rng)
     checks: list[Check] = []
     steps = (
-        _whole_prompts, _uneven_pieces, _last_tokens, _one_at_a_time, _ragged_batch, _reset, _receptive_field, _memory
+        _whole_prompts, _uneven_pieces, _last_tokens, _highest, _one_at_a_time, _ragged_batch, _reset, _receptive_field,
+        _memory,
     )  # fmt: skip
     for number, step in enumerate(steps, start=1):
         checks.extend(step(run))
@@ -164,14 +161,6 @@ def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint
     return opened
 
 
-def _rounding(session: Session, of_bundle: Rounding) -> tuple[Rounding, str]:
-    """What the session's engine rounds on the way, and the coarsest type in that or in what it computes in."""
-    numerics = session.numerics
-    blocks = of_bundle.activation_blocks if numerics.rounds_activations else {}
-    rounding = Rounding(blocks, numerics.kv)
-    return rounding, max(rounding.kind, numerics.arithmetic, key=_FROM_FINE_TO_COARSE.index)
-
-
 def _rows(longest: int, vocabulary: int, rng: np.random.Generator) -> tuple[Row, ...]:
     """A row of the longest border's length, and two shorter ones for the ragged batch."""
     sizes = (longest, max(1, longest // 2 + 1), max(1, longest // 5))
@@ -218,6 +207,21 @@ def _last_tokens(run: _Run) -> Iterator[Check]:
     )
     detail = f"the last token's logits of {len(ends)} feeds that end at the borders"
     yield _compare(run, "last tokens", got, run.truth[0][ends - 1], detail, ends - 1)
+
+
+def _highest(run: _Run) -> Iterator[Check]:
+    """Engines that choose among logits themselves: what they give out, against all logits of the same engine."""
+    most = run.session.most_top
+    if most:
+        run.session.reset()
+        logits_V = run.session.forward_last(run.rows[0])[0]
+        run.session.reset()
+        (found,) = run.session.forward_candidates(run.rows[0], most, lambda _: True)
+        due = np.sort(np.argsort(-logits_V, kind="stable")[:most])
+        same = found is not None and np.array_equal(found.ids_N, due) and np.array_equal(found.logits_N, logits_V[due])
+        yield Check(
+            "highest logits", bool(same), f"the {most} that the engine chooses {'are' if same else 'are not'} so"
+        )
 
 
 def _one_at_a_time(run: _Run) -> Iterator[Check]:

@@ -8,6 +8,7 @@ import pytest
 
 from exporter.validate import validate
 from runtime import Session
+from runtime.sampling import Candidates
 from tests.support.bundles import exported
 from tests.support.engine_doubles import ROLLING, weightless
 
@@ -29,6 +30,24 @@ def test_an_engine_is_judged_by_its_own_arithmetic(
     assert seen == [(case.bundle, "tensorrt", "one")]
     assert [check for check in report.checks if check.passed is False] == []
     assert report.passed
+    assert any(check.name == "highest logits" for check in report.checks)
     assert (report.dtype, report.backend) == (arithmetic, "tensorrt")
     assert report.position_errors
     assert (max(report.position_errors) > 1e-5) == (arithmetic == "float16")
+
+
+def test_an_engine_that_chooses_wrongly_among_its_logits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = exported(dtype="bfloat16")
+    session = weightless(case.bundle, arithmetic="float32", plugins=ROLLING).session
+    honest = Session.forward_candidates
+
+    def wrong(self: Session, *arguments: Any) -> list[Candidates | None]:
+        (found,) = honest(self, *arguments)
+        assert found is not None
+        assert found.ids_N is not None
+        return [Candidates(found.logits_N, found.ids_N + 1)]
+
+    monkeypatch.setattr(Session, "forward_candidates", wrong)
+    monkeypatch.setattr("exporter.validate.load", lambda bundle, **options: session)
+    report = validate(case.bundle, backend="tensorrt")
+    assert [check.name for check in report.checks if check.passed is False] == ["highest logits"]
