@@ -218,10 +218,11 @@ def _highest(run: _Run) -> Iterator[Check]:
         run.session.reset()
         (found,) = run.session.forward_candidates(run.rows[0], most, lambda _: True)
         due = np.sort(np.argsort(-logits_V, kind="stable")[:most])
-        same = found is not None and np.array_equal(found.ids_N, due) and np.array_equal(found.logits_N, logits_V[due])
-        yield Check(
-            "highest logits", bool(same), f"the {most} that the engine chooses {'are' if same else 'are not'} so"
-        )
+        assert found is not None
+        assert found.ids_N is not None
+        same = bool(np.array_equal(found.ids_N, due) and np.array_equal(found.logits_N, logits_V[due]))
+        detail = f"the {most} that the engine gives {'are' if same else 'are not'} the highest of all"
+        yield Check("highest logits", same, detail)
 
 
 def _one_at_a_time(run: _Run) -> Iterator[Check]:
