@@ -15,28 +15,13 @@ from typing import Any
 
 from runtime.kernels.cuda.compiler import CompiledKernel
 from runtime.kernels.cuda.launch import DeviceLimits, Kernel
+from tests.kernels.cuda.recording_driver import (
+    CUdevice_attribute,
+    CUfunction_attribute,
+    CUresult,
+    CUstreamCaptureStatus,
+)
 from tests.support.cuda_cpu import LIMITS, CpuLauncher
-
-
-class CUresult(enum.IntEnum):
-    CUDA_SUCCESS = 0
-
-
-class CUdevice_attribute(enum.IntEnum):
-    CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
-    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
-    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
-    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97
-
-
-class CUfunction_attribute(enum.IntEnum):
-    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
-    CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
-
-
-class CUstreamCaptureStatus(enum.IntEnum):
-    CU_STREAM_CAPTURE_STATUS_NONE = 0
-    CU_STREAM_CAPTURE_STATUS_ACTIVE = 1
 
 
 class CUstreamCaptureMode(enum.IntEnum):

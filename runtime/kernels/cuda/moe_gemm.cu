@@ -50,10 +50,7 @@ DEVICE void store_two(ELEMENT* to, float first, float second) {
 }
 
 // What a thread copies of the tokens in every stage: one vector of several rows, THREADS / VECTORS rows apart.
-struct RowCopies {
-    const ELEMENT* row[COPIES_OF_ROWS];
-    u32 there;  // bits: which of them exist
-};
+using RowCopies = VectorCopies<COPIES_OF_ROWS>;
 
 DEVICE RowCopies plan_rows(const GemmParams& params, const TilePlace& place) {
     RowCopies copies;
@@ -62,19 +59,10 @@ DEVICE RowCopies plan_rows(const GemmParams& params, const TilePlace& place) {
     for (int j = 0; j < COPIES_OF_ROWS; j++) {
         const u32 r = thread_x() / VECTORS + THREADS / VECTORS * j;
         const bool there = r < place.rows;
-        copies.row[j] = params.source + u64(there ? place.assignment[r] / params.per_row : 0) * params.depth;
+        copies.from[j] = params.source + u64(there ? place.assignment[r] / params.per_row : 0) * params.depth;
         copies.there |= there ? 1u << j : 0u;
     }
     return copies;
-}
-
-DEVICE void copy_rows(u8* stage, const RowCopies& copies, u32 at, u32 depth) {
-    const u32 first = thread_x() / VECTORS, vector = thread_x() % VECTORS, column = at + vector * 8;
-    const bool inside = column < depth;
-#pragma unroll
-    for (int j = 0; j < COPIES_OF_ROWS; j++)
-        copy_async_16(stage + tile_offset(first + THREADS / VECTORS * j, vector), copies.row[j] + (inside ? column : 0),
-                      inside && (copies.there >> j & 1));
 }
 
 DEVICE void store_tile(const GemmParams& params, const TilePlace& place, u32 column_tile,
@@ -121,7 +109,7 @@ CIERZO_KERNEL(moe_gemm, GemmParams, THREADS) {
     float sum[ROW_FRAGMENTS][WEIGHT_FRAGMENTS][4] = {};
     for (u32 copied = 0; copied < STAGES - 1; copied++, next++) {
         if (copied < steps) {
-            copy_rows(stages + next * STAGE_BYTES, rows, copied * DEPTH, params.depth);
+            copy_vectors(stages + next * STAGE_BYTES, rows, copied * DEPTH, params.depth);
             copy_weights(stages + next * STAGE_BYTES + ROWS_BYTES, weights, copied * DEPTH, params.depth);
         }
         copy_async_commit();
@@ -131,7 +119,7 @@ CIERZO_KERNEL(moe_gemm, GemmParams, THREADS) {
         block_sync();  // this stage is there for all, and the one before has been used by all
         const u32 ahead = step + STAGES - 1;
         if (ahead < steps) {
-            copy_rows(stages + next * STAGE_BYTES, rows, ahead * DEPTH, params.depth);
+            copy_vectors(stages + next * STAGE_BYTES, rows, ahead * DEPTH, params.depth);
             copy_weights(stages + next * STAGE_BYTES + ROWS_BYTES, weights, ahead * DEPTH, params.depth);
         }
         copy_async_commit();

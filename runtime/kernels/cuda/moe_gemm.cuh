@@ -15,6 +15,21 @@ static_assert(TILE_ROWS == 128 || TILE_ROWS == 64 || TILE_ROWS == 32, "tiles tha
 // Where vector `vector` of row `row` lies in a tile: any eight rows' same vectors are in different banks.
 DEVICE u32 tile_offset(u32 row, u32 vector) { return row * (DEPTH * 2) + ((vector ^ (row >> 1 & 3)) * 16); }
 
+// What a thread copies into a tile in each step: vectors of N rows, a bit of `there` for each that exists.
+template <int N> struct VectorCopies {
+    const ELEMENT* from[N];
+    u32 there;
+};
+
+template <int N> DEVICE void copy_vectors(u8* tile, const VectorCopies<N>& copies, u32 at, u32 depth) {
+    const u32 first = thread_x() / VECTORS, vector = thread_x() % VECTORS, column = at + vector * 8;
+    const bool inside = column < depth;
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        copy_async_16(tile + tile_offset(first + THREADS / VECTORS * j, vector), copies.from[j] + (inside ? column : 0),
+                      inside && (copies.there >> j & 1));
+}
+
 // Which row of which matrix a tile's row of weights is: a warp has the same rows of gate and of up.
 struct TileRow {
     u32 column;  // of the result

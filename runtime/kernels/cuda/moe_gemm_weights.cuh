@@ -6,10 +6,7 @@ constexpr u32 RAW_BYTES = TILE_WEIGHTS * DEPTH * 2, UNPACKED_BYTES = 0;  // of a
 constexpr int COPIES_OF_WEIGHTS = TILE_WEIGHTS * VECTORS / THREADS;
 
 // What a thread copies in every stage: one vector of several rows, THREADS / VECTORS rows apart.
-struct WeightCopies {
-    const ELEMENT* weight[COPIES_OF_WEIGHTS];
-    u32 there;  // bits: which of them exist
-};
+using WeightCopies = VectorCopies<COPIES_OF_WEIGHTS>;
 
 DEVICE WeightCopies plan_weights(const Matrix& gate, const Matrix& up, u32 expert, u32 column_tile, u32 width,
                                  u32 depth, u32) {
@@ -20,7 +17,7 @@ DEVICE WeightCopies plan_weights(const Matrix& gate, const Matrix& up, u32 exper
         const TileRow row = tile_row(thread_x() / VECTORS + THREADS / VECTORS * j, column_tile);
         const bool there = row.column < width;
         const u8* matrix = row.of_up ? up.numbers : gate.numbers;
-        copies.weight[j] = reinterpret_cast<const ELEMENT*>(matrix) +
+        copies.from[j] = reinterpret_cast<const ELEMENT*>(matrix) +
                            (u64(expert) * width + (there ? row.column : 0)) * depth;
         copies.there |= there ? 1u << j : 0u;
     }
@@ -28,12 +25,7 @@ DEVICE WeightCopies plan_weights(const Matrix& gate, const Matrix& up, u32 exper
 }
 
 DEVICE void copy_weights(u8* raw, const WeightCopies& copies, u32 at, u32 depth) {
-    const u32 first = thread_x() / VECTORS, vector = thread_x() % VECTORS, column = at + vector * 8;
-    const bool inside = column < depth;
-#pragma unroll
-    for (int j = 0; j < COPIES_OF_WEIGHTS; j++)
-        copy_async_16(raw + tile_offset(first + THREADS / VECTORS * j, vector), copies.weight[j] + (inside ? column : 0),
-                      inside && (copies.there >> j & 1));
+    copy_vectors(raw, copies, at, depth);
 }
 
 // The stage's weights as fragments are loaded from them.
