@@ -105,18 +105,21 @@ def parse_engine(name: str, content: bytes) -> EngineInfo:
             f"The engine {name} was written with schema {version}, but this Cierzo reads schema {SCHEMA_VERSION}. "
             "Build it again with `cierzo build`."
         )
-    orders = _orders(name, root.section("orders"))
+    orders = parse_orders(name, root.section("orders"))
     plans = root.section("plans")
     return EngineInfo(
         name=name,
-        **{key: _name(root, key) for key in ("backend", "flavor", "version", "compute_capability", "arithmetic", "kv")},
+        **{
+            key: parse_name(root, key)
+            for key in ("backend", "flavor", "version", "compute_capability", "arithmetic", "kv")
+        },
         plugins=tuple(root.strings("plugins")),
         weights=root.one_of("weights", (WEIGHTLESS, EMBEDDED)),
         max_batch=root.integer("max_batch", minimum=1),
         chunk=root.integer("chunk", minimum=1),
         graph_sha256=root.hash("graph_sha256"),
         plans=MappingProxyType({key: _plan(plans.section(key)) for key in (PREFILL, DECODE)}),
-        tensors=tuple(_weight(tensor, orders) for tensor in root.sections("tensors")),
+        tensors=tuple(parse_weight(tensor, orders, (INPUT, REFIT)) for tensor in root.sections("tensors")),
         orders=orders,
     )
 
@@ -153,20 +156,22 @@ def engine_to_json(engine: EngineInfo) -> dict[str, Any]:
             for key, plan in engine.plans.items()
         },
         "orders": {key: list(order) for key, order in engine.orders.items()},
-        "tensors": [
-            {
-                "name": tensor.name,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "role": tensor.role,
-                "expression": tensor.expression.to_json(),
-            }
-            for tensor in engine.tensors
-        ],
+        "tensors": [weight_to_json(tensor) for tensor in engine.tensors],
     }
 
 
-def _name(section: Section, key: str) -> str:
+def weight_to_json(weight: EngineWeight) -> dict[str, Any]:
+    """What `parse_weight` reads back."""
+    return {
+        "name": weight.name,
+        "dtype": weight.dtype,
+        "shape": list(weight.shape),
+        "role": weight.role,
+        "expression": weight.expression.to_json(),
+    }
+
+
+def parse_name(section: Section, key: str) -> str:
     """A string that messages may hold."""
     value = section.string(key)
     if not value.isprintable() or len(value) > MOST_KEY_CHARACTERS:
@@ -174,7 +179,8 @@ def _name(section: Section, key: str) -> str:
     return value
 
 
-def _orders(name: str, section: Section) -> Mapping[str, tuple[int, ...]]:
+def parse_orders(name: str, section: Section) -> Mapping[str, tuple[int, ...]]:
+    """Index lists by name, which expressions refer to."""
     orders = {key: tuple(section.items(key)) for key in section.data}
     for key, order in orders.items():
         if not all(type(index) is int and 0 <= index < 1 << 31 for index in order):
@@ -189,13 +195,14 @@ def _plan(section: Section) -> PlanInfo:
         if found.min_batch > found.max_batch or found.min_tokens > found.max_tokens:
             raise BundleError(f"{profile.path[:-1]} takes no shape at all. Build the engine again.")
         profiles.append(found)
-    file = _name(section, "file")
+    file = parse_name(section, "file")
     if "/" in file or "\\" in file or file in ("", ".", ".."):
         raise BundleError(f"The plan {file!r} of {section.path[:-2]} lies outside the engine's folder. Build it again.")
     return PlanInfo(file, section.integer("bytes", minimum=1), section.hash("sha256"), tuple(profiles))
 
 
-def _weight(section: Section, orders: Mapping[str, tuple[int, ...]]) -> EngineWeight:
+def parse_weight(section: Section, orders: Mapping[str, tuple[int, ...]], roles: tuple[str, ...]) -> EngineWeight:
+    """A weight, whose role must be one of `roles`. Raises BundleError for one that contradicts itself."""
     shape = parse_shape(section)
     expression = parse_expression(section.section("expression"))
     if (dtype := dtype_of(expression)) != section.string("dtype"):
@@ -209,9 +216,9 @@ def _weight(section: Section, orders: Mapping[str, tuple[int, ...]]) -> EngineWe
             "engine again."
         )
     return EngineWeight(
-        name=_name(section, "name"),
+        name=parse_name(section, "name"),
         dtype=section.string("dtype"),
         shape=shape,
-        role=section.one_of("role", (INPUT, REFIT)),
+        role=section.one_of("role", roles),
         expression=expression,
     )
