@@ -182,8 +182,8 @@ def _ring(section: Section) -> StepRing:
             f"{section.path[:-1]} holds {slots} slots for the window {brief(window)}, and a ring of a window has as "
             "many as that. Build the engine again."
         )
-    names = (parse_name(section, key) for key in ("past_key", "past_value", "present_key", "present_value"))
-    return StepRing(*names, slots, window)
+    names = {key: parse_name(section, key) for key in ("past_key", "past_value", "present_key", "present_value")}
+    return StepRing(**names, slots=slots, window=window)
 
 
 def _scratch(section: Section) -> Scratch:
