@@ -10,18 +10,53 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+SCHEMA_VERSION = 1
+"""Of the JSON; raised when a field changes its meaning or goes."""
+
+QUICK, FULL = "quick", "full"
+SUITES = (FULL, QUICK)
+"""The suites of checks; the first one is the default."""
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One thing that was held against the reference.
 
     passed: None when the check could not be run on this model; `detail` then says why. It counts for nothing.
-    error: largest absolute difference of a logit from the float64 truth, where that is what was measured.
+    error: largest absolute difference of a logit from the float64 truth, where that is what was measured; budget: what
+        was allowed there, which is the report's where nothing else is said. seconds: how long it took.
     """
 
     name: str
     passed: bool | None
     detail: str
     error: float | None = None
+    budget: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens a second of this run, on whatever else the machine was doing: medians over the checks' own steps.
+
+    prefill: of whole chunks; decode: of single tokens with a logit row each. None where none was timed.
+    """
+
+    prefill: float | None
+    decode: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Distributions:
+    """How the engine's next-token distributions compare with the truth's, by position of the longest row.
+
+    kl: Kullback–Leibler divergence of the engine's from the truth's, in nats; same_best: whether both have the same
+    best token; margin: by how much the truth's best logit leads, so that a near-tie is seen as one.
+    """
+
+    kl: tuple[float, ...]
+    same_best: tuple[bool, ...]
+    margin: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +88,9 @@ class ValidationReport:
     largest_logit: the scale of both. position_errors: largest |error| by position of the longest row.
     quality: how far quantised weights are from the original ones, None where none are quantised.
     unverified: files whose hashes were asked for and that have none in the manifest.
+    suite: which checks were asked for. engine: name of the built engine that ran, None where the bundle's graph did.
+    device: what it ran on, for a person. windows, chunk: of the model, to mark them in plots. seconds: of the whole
+    run. peak_bytes: most memory that the process held. distributions: None where no logits were compared.
     """
 
     bundle: str
@@ -69,6 +107,15 @@ class ValidationReport:
     versions: Mapping[str, str]
     quality: Quality | None = None
     unverified: tuple[str, ...] = ()
+    suite: str = "full"
+    engine: str | None = None
+    device: str = "cpu"
+    windows: tuple[int | None, ...] = ()
+    chunk: int = 1
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    speed: Speed = Speed(None, None)
+    distributions: Distributions | None = None
 
     @property
     def passed(self) -> bool:
@@ -81,13 +128,21 @@ class ValidationReport:
         """Largest absolute error of a logit over all checks."""
         return max((check.error for check in self.checks if check.error is not None), default=float("inf"))
 
+    def budget_of(self, check: Check) -> float | None:
+        """What a check's error was held against; None where it measured none."""
+        return None if check.error is None else self.budget if check.budget is None else check.budget
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data; errors that are not finite become null."""
+        """Plain data, as docs/validation.schema.json has it; figures that are not finite become null."""
         return {
+            "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
+            "suite": self.suite,
             "bundle": self.bundle,
             "checkpoint": self.checkpoint,
             "backend": self.backend,
+            "engine": self.engine,
+            "device": self.device,
             "dtype": self.dtype,
             "seed": self.seed,
             "budget": self.budget,
@@ -101,6 +156,8 @@ class ValidationReport:
                     "status": status_of(check),
                     "detail": check.detail,
                     "error": None if check.error is None else _finite(check.error),
+                    "budget": self.budget_of(check),
+                    "seconds": round(check.seconds, 3),
                 }
                 for check in self.checks
             ],
@@ -108,6 +165,18 @@ class ValidationReport:
             "quality": None if self.quality is None else self.quality.to_json(),
             "unverified": list(self.unverified),
             "versions": dict(self.versions),
+            "windows": list(self.windows),
+            "chunk": self.chunk,
+            "seconds": round(self.seconds, 3),
+            "peak_bytes": self.peak_bytes,
+            "speed": asdict(self.speed),
+            "distributions": None
+            if self.distributions is None
+            else {
+                "kl": [_finite(value) for value in self.distributions.kl],
+                "same_best": list(self.distributions.same_best),
+                "margin": [_finite(value) for value in self.distributions.margin],
+            },
         }
 
 
@@ -118,6 +187,10 @@ def _finite(number: float) -> float | None:
 def status_of(check: Check) -> str:
     """The verdict of a check in one word or two."""
     return "not run" if check.passed is None else "passed" if check.passed else "failed"
+
+
+def _share(error: float, budget: float | None) -> str:
+    return f"{100 * error / budget:.0f} %" if budget else ""
 
 
 _SPANS = 5
@@ -147,7 +220,7 @@ def render(report: ValidationReport, console: Console) -> None:
     table.add_column("what was done", overflow="fold")
     for check in report.checks:
         error = "" if check.error is None else f"{check.error:.1e}"
-        share = "" if check.error is None else f"{100 * check.error / report.budget:.0f} %"
+        share = "" if check.error is None else _share(check.error, report.budget_of(check))
         status = status_of(check)
         table.add_row(Text(check.name), Text(status, style=_COLOURS[status]), error, share, Text(check.detail))
     console.print(table)
