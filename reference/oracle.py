@@ -23,6 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 
 Load = Callable[[torch.dtype], Tensor]
+OnLayer = Callable[[int, ContextLayer], None]
 
 
 class Oracle:
@@ -45,23 +46,34 @@ class Oracle:
         progress: Progress | None = None,
         *,
         rounding: Rounding | None = None,
+        wanted: Sequence[Sequence[int]] | None = None,
+        first_position: int = 0,
+        on_layer: OnLayer | None = None,
     ) -> list[Tensor]:
         """Logits [T, V] in `dtype` for each row of token ids, computed layer by layer over all rows.
 
         rounding: what is rounded on the way, as an engine does.
+        wanted: for each row the indices of the tokens whose logits are made, [R, V] then; None for all.
+        first_position: of the first token of every row; what lies before it is not seen.
+        on_layer: called with each layer before it runs, for whoever listens to its modules.
         Raises InputError for rows beyond the config's position_limit.
         """
         config, rounding = self._checkpoint.config, rounding or Rounding()
-        refuse_beyond_limit(config, max((len(row) for row in rows), default=0))
+        refuse_beyond_limit(config, first_position + max((len(row) for row in rows), default=0))
         embedding = self._load(EMBEDDING, dtype)
         hidden = [embedding[torch.tensor(list(row), dtype=torch.int64)] for row in rows]
-        positions = [torch.arange(len(row))[None] for row in rows]
+        tied = config.tie_word_embeddings and LM_HEAD not in self._replaced
+        if not tied:
+            del embedding  # it takes as much as a layer of a large model
+        positions = [first_position + torch.arange(len(row))[None] for row in rows]
         rotary = RotaryAngles(config.rope, config.head_dim)
         angles = [rotary(position, dtype) for position in positions]
         for index in range(config.num_layers):
             layer = ContextLayer(config, index, device="meta", dtype=dtype)
             self._fill(layer, f"layers.{index}.", dtype)
             rounding.apply(layer, f"layers.{index}.")
+            if on_layer is not None:
+                on_layer(index, layer)
             hidden = [
                 layer(x_NC, position, *cos_sin)
                 for x_NC, position, cos_sin in zip(hidden, positions, angles, strict=True)
@@ -70,7 +82,10 @@ class Oracle:
                 progress(f"reference in {str(dtype).removeprefix('torch.')}", index + 1, config.num_layers)
         norm = RMSNorm(config.hidden_size, config.norm_eps, device="meta", dtype=dtype)
         self._fill(norm, "norm.", dtype)
-        tied = config.tie_word_embeddings and LM_HEAD not in self._replaced
+        if wanted is not None:
+            hidden = [
+                x_NC[torch.tensor(list(some), dtype=torch.int64)] for x_NC, some in zip(hidden, wanted, strict=True)
+            ]
         head, rounded = embedding if tied else self._load(LM_HEAD, dtype), rounding.of(LM_HEAD)
         return [rounded(norm(x_NC)) @ head.T for x_NC in hidden]
 

@@ -23,7 +23,7 @@ class Capabilities:
 
     devices: begins with the default. storage_types: in which weights may lie in files, as safetensors spells them.
     arithmetic: types that it computes in, as in the manifest. engines: whether it runs engines that `cierzo build` made
-    of a bundle, so that one of them can be named.
+    of a bundle, so that one of them can be named. threads: whether the number of threads can be chosen.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Capabilities:
     storage_types: tuple[str, ...]
     arithmetic: tuple[str, ...]
     engines: bool = False
+    threads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,17 @@ class Numerics:
 
     arithmetic: the type of products: "float32", "float16" or "bfloat16". kv: that of keys and values in the buffers, as
     in the manifest, or "bfloat16" or "float8". rounds_activations: whether they are rounded to 8 bits before quantised
-    weights. rings: how many buffers of each kind are held: 2 where a step does not write in place.
+    weights. rings: how many buffers of each kind are held: 2 where a step does not write in place. window_slots: slots
+    of a ring beyond its window, None for a chunk less one; context_slots: those beyond the context, of a layer without
+    a window.
     """
 
     arithmetic: str
     kv: str
     rounds_activations: bool
     rings: int = 1
+    window_slots: int | None = None
+    context_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)

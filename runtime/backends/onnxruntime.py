@@ -36,6 +36,7 @@ CAPABILITIES = Capabilities(
     kv_dtypes=("float32", "float16", "int8"),
     storage_types=("F32", "BF16", "F16", "U8"),
     arithmetic=("float32",),
+    threads=True,
 )
 
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"

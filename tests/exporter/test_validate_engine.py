@@ -25,7 +25,7 @@ def test_an_engine_is_judged_by_its_own_arithmetic(
         seen.append((bundle, options["backend"], options["engine"]))
         return weightless(case.bundle, arithmetic=arithmetic, plugins=plugins).session
 
-    monkeypatch.setattr("exporter.validate.load", load)
+    monkeypatch.setattr("exporter.gate.run.load", load)
     report = validate(case.bundle, backend="tensorrt", engine="one")
     assert seen == [(case.bundle, "tensorrt", "one")]
     assert [check for check in report.checks if check.passed is False] == []
@@ -48,6 +48,6 @@ def test_an_engine_that_chooses_wrongly_among_its_logits_fails(monkeypatch: pyte
         return [Candidates(found.logits_N, found.ids_N + 1)]
 
     monkeypatch.setattr(Session, "forward_candidates", wrong)
-    monkeypatch.setattr("exporter.validate.load", lambda bundle, **options: session)
+    monkeypatch.setattr("exporter.gate.run.load", lambda bundle, **options: session)
     report = validate(case.bundle, backend="tensorrt")
-    assert [check.name for check in report.checks if check.passed is False] == ["highest logits"]
+    assert [check.name for check in report.checks if check.passed is False] == ["highest logits", "greedy"]
