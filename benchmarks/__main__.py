@@ -15,6 +15,7 @@ BENCHMARKS = (
     "fusion",
     "quantization",
     "engine_build",
+    "validate_large",
 )
 
 

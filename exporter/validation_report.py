@@ -85,7 +85,8 @@ class ValidationReport:
     """All checks of one run.
 
     budget: largest absolute error that was allowed; reference_error: what the reference itself does in that dtype;
-    largest_logit: the scale of both. position_errors: largest |error| by position of the longest row.
+    largest_logit: the scale of both. position_errors: largest |error| by position of the longest row; positions: which
+    these are, all where it is empty.
     quality: how far quantised weights are from the original ones, None where none are quantised.
     unverified: files whose hashes were asked for and that have none in the manifest.
     suite: which checks were asked for. engine: name of the built engine that ran, None where the bundle's graph did.
@@ -107,6 +108,7 @@ class ValidationReport:
     versions: Mapping[str, str]
     quality: Quality | None = None
     unverified: tuple[str, ...] = ()
+    positions: tuple[int, ...] = ()
     suite: str = "full"
     engine: str | None = None
     device: str = "cpu"
@@ -161,6 +163,7 @@ class ValidationReport:
                 }
                 for check in self.checks
             ],
+            "positions": list(self.positions),
             "position_errors": [_finite(error) for error in self.position_errors],
             "quality": None if self.quality is None else self.quality.to_json(),
             "unverified": list(self.unverified),

@@ -116,5 +116,23 @@ def ragged_batch(run: Run) -> Iterator[Check]:
     for number, (row, pieces) in enumerate(zip(rows, found, strict=True)):
         detail = f"{len(row.tokens)} tokens beside rows of other lengths"
         yield compare(f"{name}, row {number}", row, everywhere(row), np.concatenate(pieces), detail)
+    yield from _end_of_context(run)
     session.reset()
     session.forward_last(rows[0].tokens[:1])  # back to one row
+
+
+def _end_of_context(run: Run) -> Iterator[Check]:
+    """A row takes its very last token while another takes a whole chunk: its padding has no place in its buffers."""
+    session, kv = run.session, run.session.manifest.kv
+    row, other = run.truth.rows[:2]
+    end, tokens = kv.context, len(row.tokens)
+    if end is None or tokens != end or end < 2:
+        return
+    size = min(kv.chunk, len(other.tokens) - 1)
+    before = other.tokens[: len(other.tokens) - size]
+    session.reset()
+    session.forward_last([row.tokens[:-1].tolist(), before.tolist()])
+    logits_BTV = session.forward([row.tokens[-1:].tolist(), other.tokens[len(before) :].tolist()])
+    which = row.positions == end - 1
+    detail = f"token {end - 1}, the last that there is room for, beside {size} tokens of another row"
+    yield compare("ragged batch, end of the context", row, which, logits_BTV[0, : int(which.sum())].copy(), detail)

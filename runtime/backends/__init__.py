@@ -14,6 +14,7 @@ from runtime.json_files import brief
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.backends.onnxruntime",
     "tensorrt": "runtime.backends.tensorrt",
+    "onnxruntime-cuda": "runtime.backends.onnxruntime_cuda",
 }
 """Name -> module. The first one is the default."""
 
@@ -40,15 +41,11 @@ def open_engine(
     not installed, for a backend that runs no engines when one is named, and for a bundle that the backend cannot run
     exactly.
     """
-    name = DEFAULT_BACKEND if backend is None else backend
-    if name not in BACKENDS:
-        raise BackendError(f"There is no backend {name!r}. Available: {', '.join(BACKENDS)}.")
-    try:
-        module = cast(Backend, importlib.import_module(BACKENDS[name]))
-    except ImportError as error:
-        raise BackendError(f"The backend {name} cannot be used, install what it needs: {error}.") from error
+    name, module = _module(backend)
     if threads is not None and (type(threads) is not int or threads < 1):
         raise BackendError(f"`threads` must be a positive integer or None (one per physical core), not {threads!r}.")
+    if threads is not None and not module.CAPABILITIES.threads:
+        raise BackendError(f"The backend {name} runs on the GPU, so it has no use for `threads`. Leave it out.")
     chosen = _supported_device(module.CAPABILITIES, bundle, device)
     if engine is not None and not module.CAPABILITIES.engines:
         raise BackendError(
@@ -56,6 +53,21 @@ def open_engine(
             f"{brief(engine)}. Leave `engine` out, or name the backend that the engine was built for."
         )
     return module.open_engine(bundle, device=chosen, threads=threads, profile=profile, engine=engine, progress=progress)
+
+
+def chooses_threads(backend: str | None) -> bool:
+    """Whether the number of threads of a backend (None: the default one) can be chosen."""
+    return _module(backend)[1].CAPABILITIES.threads
+
+
+def _module(backend: str | None) -> tuple[str, Backend]:
+    name = DEFAULT_BACKEND if backend is None else backend
+    if name not in BACKENDS:
+        raise BackendError(f"There is no backend {name!r}. Available: {', '.join(BACKENDS)}.")
+    try:
+        return name, cast(Backend, importlib.import_module(BACKENDS[name]))
+    except ImportError as error:
+        raise BackendError(f"The backend {name} cannot be used, install what it needs: {error}.") from error
 
 
 def _supported_device(capabilities: Capabilities, bundle: Bundle, device: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -128,9 +129,14 @@ class Routed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.moe = nn.Module()
-        self.moe.router = nn.Linear(4, 4, bias=False)
-        self.moe.router.weight = nn.Parameter(torch.eye(4))
+        self.moe = Mixture()
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 4, bias=False)
+        self.router.weight = nn.Parameter(torch.eye(4))
 
 
 LOGITS = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.99, 0.0], [1.99, 0.0, 3.0, 2.0]])
