@@ -50,7 +50,7 @@ def _merge(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     made: list[ir.Node] = []
     for index in range(1, len(first.inputs)):
         parts = [node.inputs[index] for node in nodes]
-        name = _joined([str(part.name) for part in parts if part is not None])
+        name = joined_name([str(part.name) for part in parts if part is not None])
         shape = ir.Shape([sum(rows), *list(_shape(parts[0]))[1:]])
         whole = ir.Value(name=name, type=parts[0].type if parts[0] is not None else None, shape=shape)
         node = ir.Node("", "Concat", parts, [ir.AttrInt64("axis", 0)], outputs=[whole], name=f"{name}.concat")
@@ -59,13 +59,13 @@ def _merge(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         made.append(node)
     outputs = [node.outputs[0] for node in nodes]
     wide_shape = ir.Shape([*list(_shape(outputs[0]))[:-1], sum(rows)]) if outputs[0].shape is not None else None
-    wide = ir.Value(name=_joined([str(v.name) for v in outputs]), type=outputs[0].type, shape=wide_shape)
+    wide = ir.Value(name=joined_name([str(v.name) for v in outputs]), type=outputs[0].type, shape=wide_shape)
     attributes = dict(first.attributes)
     if "N" in attributes:
         attributes["N"] = ir.AttrInt64("N", sum(rows))
     product = ir.Node(
         DOMAIN, first.op_type, [first.inputs[0], *weights], list(attributes.values()), outputs=[wide],
-        name=_joined([str(node.name) for node in nodes]),
+        name=joined_name([str(node.name) for node in nodes]),
     )  # fmt: skip
     product.metadata_props.update(first.metadata_props)
     sizes = _sizes(model, rows)
@@ -85,7 +85,7 @@ def _merge(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         new.name = known_as
 
 
-def _joined(names: Sequence[str]) -> str:
+def joined_name(names: Sequence[str]) -> str:
     """What names have in common once, and the rest of each: a.q.w, a.k.w → a.q+k.w."""
     split = [name.split(".") for name in names]
     shortest = min(len(parts) for parts in split) - 1
