@@ -1,9 +1,9 @@
 """What an engine of ONNX graphs says of itself: `engines/NAME/engine.json` of a backend that runs graphs on a GPU.
 
 Two graphs were lowered from the bundle's: one for steps of many tokens and one for steps of a single token. Neither
-holds a weight. Their KV rings are the engine's own: a windowed layer keeps exactly its window, since a single token's
-attention then sees the whole ring and needs no mask, and another layer keeps the context and a chunk beyond it, where
-the padding of a step may be written.
+holds a weight. A third one finds the highest logits. Their KV rings are the engine's own: a windowed layer keeps
+exactly its window, since a single token's attention then sees the whole ring and needs no mask, and another layer keeps
+the context and a chunk beyond it, where the padding of a step may be written.
 
 Letters: B batch rows, T tokens of a step, G KV heads, D head dim, W window, S slots of a ring.
 """
@@ -30,6 +30,16 @@ from runtime.json_files import brief
 from runtime.manifest_section import Section
 
 SCHEMA_VERSION = 1
+TOP = "top"
+"""A third, tiny graph: it finds the highest logits of each row where they lie. logits float32 [N, V] -> values float32
+[N, K], best first, and ids int64 [N, K]. A NaN counts as infinity."""
+
+TOP_LOGITS = 65
+"""K of that graph, or V if that is less: one more than are given out, so that the last of those can be seen to be no
+tie with others of lower ids."""
+
+GRAPHS = (PREFILL, DECODE, TOP)
+
 CONSTANT = "constant"
 """Role of a weight that the library prepares once when a session is made, and not an input of the graph."""
 
@@ -87,8 +97,8 @@ a row, and the most keys that a query may see."""
 class StepEngineInfo:
     """A whole engine.json. version: of the library whose kernels the placement was worked out for.
 
-    arithmetic, kv: types, as "bfloat16". graph_sha256: of the bundle's ONNX file. graphs: PREFILL and DECODE. tensors:
-    of the roles INPUT and CONSTANT.
+    arithmetic, kv: types, as "bfloat16". graph_sha256: of the bundle's ONNX file. graphs: PREFILL, DECODE and TOP.
+    tensors: of the roles INPUT and CONSTANT.
     """
 
     name: str
@@ -122,7 +132,7 @@ def parse_step_engine(name: str, root: Section) -> StepEngineInfo:
         max_batch=root.integer("max_batch", minimum=1),
         chunk=root.integer("chunk", minimum=1),
         graph_sha256=root.hash("graph_sha256"),
-        graphs=MappingProxyType({key: _graph(graphs.section(key)) for key in (PREFILL, DECODE)}),
+        graphs=MappingProxyType({key: _graph(graphs.section(key)) for key in GRAPHS}),
         rings=tuple(_ring(ring) for ring in root.sections("rings")),
         scratch=_scratch(root.section("scratch")) if root.data.get("scratch") is not None else None,
         tensors=tuple(parse_weight(tensor, orders, (INPUT, CONSTANT)) for tensor in root.sections("tensors")),

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from exporter.build.job import BuildJob
 from runtime.engine_info import INPUT, EngineWeight
+from runtime.engine_weights import BITS
 from runtime.errors import BackendError
 from runtime.tensorrt.flavor import Flavor
-from runtime.tensorrt.weights import BITS
 from runtime.weight_expression import pieces
 
 _MOST_SHOWN = 3

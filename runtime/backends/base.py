@@ -114,6 +114,16 @@ class Engine(Protocol):
         ...
 
     @property
+    def built(self) -> str | None:
+        """Name of the engine that `cierzo build` made and that runs; None where the bundle's own graph does."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """What it runs on, for a person."""
+        ...
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What makes this engine slower than it could be, each a sentence for a person; mostly nothing."""
         ...

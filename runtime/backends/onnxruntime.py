@@ -156,6 +156,16 @@ class OnnxRuntimeEngine:
         return self._kernels
 
     @property
+    def built(self) -> None:
+        """See Engine.built: the bundle's own graph runs."""
+        return
+
+    @property
+    def device(self) -> str:
+        """See Engine.device."""
+        return CAPABILITIES.devices[0]
+
+    @property
     def numerics(self) -> Numerics:
         """See Engine.numerics."""
         manifest = self._manifest

@@ -121,6 +121,16 @@ class TensorRtEngine:
         return self._info.plugins
 
     @property
+    def built(self) -> str:
+        """See Engine.built."""
+        return self._info.name
+
+    @property
+    def device(self) -> str:
+        """See Engine.device."""
+        return self._device.name
+
+    @property
     def numerics(self) -> Numerics:
         """See Engine.numerics: quantised weights are multiplied with activations as they are."""
         rings = 1 if writes_in_place(self._info) else 2

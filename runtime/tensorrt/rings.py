@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runtime.engine_info import EngineInfo
+from runtime.engine_weights import nbytes_of
 from runtime.manifest import Manifest
 from runtime.tensorrt.device import Device, aligned
 from runtime.tensorrt.plans import KV_TYPES
-from runtime.tensorrt.weights import nbytes_of
 
 IN_PLACE = frozenset({"RollingAttention", "PackedRollingAttention"})
 """The plugins that write a ring in place; all of a graph's attention is run by these, or none of it."""

@@ -8,34 +8,22 @@ they are made on the host first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.bundle import Bundle, Progress
-from runtime.engine_info import INPUT, REFIT, EngineInfo, EngineWeight
+from runtime.engine_info import INPUT, REFIT, EngineInfo
+from runtime.engine_weights import LOADING, weight_bytes, whole_pieces, whole_weight
 from runtime.errors import BackendError, BundleError
 from runtime.tensorrt.device import Device, DeviceMemory, Fence, aligned
 from runtime.tensorrt.plans import Plan
-from runtime.weight_expression import Bytes, Files, pieces
-
-LOADING = "weights to the GPU"
-"""The stage that is reported, in bytes."""
+from runtime.weight_expression import Bytes
 
 STAGING_BYTES = 16 << 20
 """Of each pinned buffer: large enough that copies run at full speed, small enough to pin at once."""
-
-BITS = {"F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "U8": 8, "I8": 8, "I4": 4, "I64": 64}
-"""Of a number of each type that plans read."""
-
-
-def nbytes_of(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor; numbers of 4 bits lie two in a byte."""
-    return -(-math.prod(shape) * BITS[dtype] // 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +42,7 @@ def upload_weights(bundle: Bundle, info: EngineInfo, device: Device, progress: P
     lies outside of them, BackendError when the GPU's memory does not suffice.
     """
     weights = [weight for weight in info.tensors if weight.role == INPUT]
-    sizes = [_nbytes(info, weight) for weight in weights]
+    sizes = [weight_bytes(info, weight) for weight in weights]
     offsets = [0, *accumulate(aligned(size) for size in sizes)]
     memory = device.allocate(offsets.pop(), f"the weights of the engine {info.name}")
     addresses = {weight.name: memory.address + offset for weight, offset in zip(weights, offsets, strict=True)}
@@ -81,7 +69,7 @@ def refit(bundle: Bundle, info: EngineInfo, plans: Iterable[Plan]) -> None:
     weights = [weight for weight in info.tensors if weight.role == REFIT]
     if not weights:
         return
-    made = {weight.name: _whole(bundle, info, weight) for weight in weights}
+    made = {weight.name: whole_weight(bundle, info, weight) for weight in weights}
     for plan in plans:
         refitter = plan.refitter()
         for weight in weights:
@@ -107,50 +95,6 @@ def refit(bundle: Bundle, info: EngineInfo, plans: Iterable[Plan]) -> None:
                 f"The weights of the engine {info.name} could not be filled into its plan. Build it again with "
                 "--weights embedded (weights='embedded')."
             )
-
-
-def _whole(bundle: Bundle, info: EngineInfo, weight: EngineWeight) -> NDArray[np.uint8]:
-    """All bytes of a weight; mapped, not copied, where they lie in a file as they are."""
-    found = list(whole_pieces(bundle, info, weight))
-    return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.uint8), *found])
-
-
-def whole_pieces(bundle: Bundle, info: EngineInfo, weight: EngineWeight) -> Iterator[Bytes]:
-    """The bytes of a weight in order. Raises BundleError, at the latest behind the last, if they are not as many as
-    its shape and type take."""
-    expected, found = _nbytes(info, weight), 0
-    for piece in pieces(weight.expression, _files(bundle, info), info.orders):
-        found += piece.nbytes
-        if found > expected:
-            break
-        yield piece
-    if found != expected:
-        raise BundleError(
-            f"The weight {weight.name} of the engine {info.name} takes {expected} bytes, and what it is made of has "
-            f"{'more' if found > expected else found}: the engine was built of another bundle. Build it again with "
-            "`cierzo build`."
-        )
-
-
-def _nbytes(info: EngineInfo, weight: EngineWeight) -> int:
-    if weight.dtype not in BITS:
-        raise BundleError(
-            f"The weight {weight.name} of the engine {info.name} is of the type {weight.dtype!r}, which this Cierzo "
-            "does not know. Build the engine again with `cierzo build`."
-        )
-    return nbytes_of(weight.dtype, weight.shape)
-
-
-def _files(bundle: Bundle, info: EngineInfo) -> Files:
-    def place(name: str) -> Path:
-        if name not in bundle.manifest.weights.files and name not in bundle.manifest.files:
-            raise BundleError(
-                f"The engine {info.name} reads its weights from {name!r}, which is no file of the bundle "
-                f"{bundle.path}. Build it again with `cierzo build`."
-            )
-        return bundle.file(name)
-
-    return place
 
 
 class _Stream:

@@ -19,8 +19,9 @@ from exporter.recipes import parameters, value_of
 from runtime import BackendError, BundleError
 from runtime.bundle import Bundle, read_bundle
 from runtime.engine_info import INPUT, REFIT, EngineWeight
+from runtime.engine_weights import LOADING, nbytes_of
 from runtime.tensorrt import weights as module
-from runtime.tensorrt.weights import LOADING, nbytes_of, refit, upload_weights
+from runtime.tensorrt.weights import refit, upload_weights
 from runtime.weight_expression import Signed, Stored
 from tests.support.bundles import Exported, checkpoint, exported, shared_traces
 from tests.support.engine_doubles import Doubled, engine_info, weightless, with_tensors

@@ -15,9 +15,9 @@ from onnx import TensorProto
 
 import runtime.backends.onnxruntime  # noqa: F401 - looks at denormal numbers before a session flushes them to zero
 from runtime.engine_info import PlanProfile
+from runtime.engine_weights import nbytes_of
 from runtime.errors import BackendError
 from runtime.tensorrt.plans import PlanTensor
-from runtime.tensorrt.weights import nbytes_of
 from tests.support.gpu_double import POISON, GpuFault, HostDevice, Operation
 
 SCRATCH_BYTES = 1000
