@@ -17,10 +17,12 @@ from runtime.errors import (
     InputError,
     SessionError,
     TokenizerError,
+    UnprovenError,
 )
 from runtime.generate import GenerationResult, TextStream, generate_text
+from runtime.loading import load
 from runtime.sampling import SamplingOptions
-from runtime.session import Session, load
+from runtime.session import Session
 
 __all__ = [
     "BackendError",
@@ -35,6 +37,7 @@ __all__ = [
     "SessionError",
     "TextStream",
     "TokenizerError",
+    "UnprovenError",
     "generate_text",
     "load",
     "read_bundle",

@@ -78,9 +78,15 @@ def read_bundle(
     for name, expected in manifest.weights.files.items():
         _check_size(bundle, bundle.weights_folder, name, expected)
         _check_place(bundle.weights_folder, name)
-    if not verify:
-        return bundle
-    return Bundle(bundle.path, manifest, bundle.weights_folder, _verify(bundle, progress))
+    return verified(bundle, progress) if verify else bundle
+
+
+def verified(bundle: Bundle, progress: Progress | None = None) -> Bundle:
+    """The bundle, after every byte was read and every hash compared; `unverified` names the files that have none.
+
+    Raises BundleError for a file whose hash differs.
+    """
+    return Bundle(bundle.path, bundle.manifest, bundle.weights_folder, _verify(bundle, progress))
 
 
 def _weights_folder(folder: Path, manifest: Manifest, asked: str | os.PathLike[str] | None) -> Path:

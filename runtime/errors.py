@@ -11,6 +11,7 @@ that paragraph without a traceback and exits with `exit_code`: 1 when parity fai
     │   ├── FusionError        a fusion fired fewer times than its contract says
     │   └── ProofError         a rewrite changed the numbers
     ├── BundleError            a bundle that is damaged, incomplete or of another schema
+    │   └── UnprovenError      no receipt of parity that fits, where one was asked for
     ├── BackendError           the engine asked for is not there or cannot run this bundle
     ├── SessionError           a request to a loaded session
     │   ├── InputError         token ids, shapes or sampling options
@@ -54,6 +55,10 @@ class ProofError(ExportError):
 
 class BundleError(CierzoError):
     """A bundle is damaged, incomplete, or written by a schema that this version does not know."""
+
+
+class UnprovenError(BundleError):
+    """A proof of parity was asked for, and the bundle has no receipt that fits what is there."""
 
 
 class BackendError(CierzoError):

@@ -5,19 +5,16 @@ Letters: B batch rows, T tokens of a feed, R tokens of a step whose logits are a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime import generate as generation
-from runtime.backends import open_engine
 from runtime.backends.base import Engine, Numerics
-from runtime.bundle import Bundle, Progress, read_bundle
+from runtime.bundle import Bundle
 from runtime.chunking import Int64Array, Step, all_positions, last_positions, rows_that_end, split_into_steps
 from runtime.errors import InputError, SessionError, TokenizerError
 from runtime.manifest import Manifest
@@ -28,50 +25,6 @@ from runtime.token_rows import TokenIds, as_rows
 from runtime.tokenizer import Tokenizer, open_tokenizer
 
 _Result = TypeVar("_Result")
-
-
-def load(
-    bundle: str | os.PathLike[str],
-    *,
-    backend: str | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    verify: bool = False,
-    weights_folder: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    profile: str | os.PathLike[str] | None = None,
-    engine: str | None = None,
-) -> Session:
-    """Load the bundle in a folder.
-
-    backend, device: None takes the defaults (`onnxruntime`, `cpu`). threads: None takes one per physical core.
-    engine: which of the engines that `cierzo build` made, for a backend that runs those; None takes the one that fits.
-    verify: also compare every file's hash with the manifest; `Session.unverified` names those that have none.
-    weights_folder: where the files with weights lie, if not where the manifest says.
-    progress: called with (stage, done, total) in bytes while hashes are compared, and while weights are brought to a
-        device.
-    profile: a folder, where the engine keeps a profile of every node of every step until `Session.end_profile`; this
-        slows every node by about a microsecond. What ONNX Runtime writes there can be opened in Chrome's trace viewer.
-
-    Side effect: the first ONNX Runtime session of a process makes the thread that opens it, and threads started from
-    it later, flush denormal numbers to zero (float64 below 2.3e-308 becomes 0), for all of Python.
-
-    Raises BundleError (see read_bundle) and BackendError (see runtime.backends.open_engine).
-    """
-    opened = read_bundle(bundle, verify=verify, weights_folder=weights_folder, progress=progress)
-    folder = None if profile is None else Path(profile)
-    return Session(
-        opened,
-        open_engine(
-            opened,
-            backend=backend,
-            device=device,
-            threads=threads,
-            profile=folder,
-            engine=engine,
-            progress=progress,
-        ),
-    )
 
 
 class Session:
@@ -134,6 +87,16 @@ class Session:
     def kernels(self) -> tuple[str, ...]:
         """The plugin ops of this bundle that native kernels run; the others run their portable bodies."""
         return self._engine.kernels
+
+    @property
+    def engine_name(self) -> str | None:
+        """The engine of the bundle that runs, as `cierzo build` named it; None where the bundle's own graph does."""
+        return self._engine.built
+
+    @property
+    def device(self) -> str:
+        """What the engine runs on, for a person."""
+        return self._engine.device
 
     @property
     def numerics(self) -> Numerics:
