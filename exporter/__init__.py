@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from exporter.defaults import DEFAULT_MAX_BATCH, ENGINE_BACKENDS, ENGINE_WEIGHTS, FRONTENDS, WEIGHT_KINDS
+from exporter.defaults import DEFAULT_MAX_BATCH, ENGINE_BACKENDS, FRONTENDS, WEIGHT_KINDS
 
 __all__ = ["build_engine", "export"]
 
@@ -77,7 +77,7 @@ def build_engine(
     arithmetic: str | None = None,
     kv: str | None = None,
     plugins: str | Collection[str] | None = None,
-    weights: str = ENGINE_WEIGHTS[0],
+    weights: str | None = None,
     weights_folder: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:

@@ -36,7 +36,15 @@ from exporter.console import (
     progress_bars,
     report_error,
 )
-from exporter.defaults import ATTENTIONS, DEFAULT_MAX_BATCH, FRONTENDS, KV_KINDS, WEIGHT_KINDS
+from exporter.defaults import (
+    ARITHMETIC_KINDS,
+    ATTENTIONS,
+    DEFAULT_MAX_BATCH,
+    ENGINE_BACKENDS,
+    FRONTENDS,
+    KV_KINDS,
+    WEIGHT_KINDS,
+)
 
 MODELS = ("mistral", "mixtral")
 
@@ -106,12 +114,40 @@ def cli(settings: Settings, debug: bool) -> None:
 @layout_option
 @text_only_option
 @ignore_option
+@click.option(
+    "--backend",
+    type=click.Choice(ENGINE_BACKENDS),
+    help="Of a bundle: show where the nodes of an engine for it would run, as if it were built.",
+)
+@click.option(
+    "--arithmetic",
+    type=click.Choice(ARITHMETIC_KINDS),
+    help="What that engine computes in.  [default: by the weights]",
+)
 @json_option
-def inspect(path: Path, layout: str | None, text_only: bool, ignored: tuple[str, ...], as_json: bool) -> None:
-    """Parameters, KV memory and receptive field of a checkpoint, its config or a bundle at PATH."""
+def inspect(
+    path: Path,
+    layout: str | None,
+    text_only: bool,
+    ignored: tuple[str, ...],
+    backend: str | None,
+    arithmetic: str | None,
+    as_json: bool,
+) -> None:
+    """Parameters, KV memory and receptive field of a checkpoint, its config or a bundle at PATH.
+
+    Of a bundle also which nodes run where: on this machine's CPU, and on a GPU those of the engines that were built.
+    """
     from exporter.inspect import inspect_path, render
 
-    report = inspect_path(path, ignore_config_keys=ignored, layout=layout, text_only=text_only)
+    report = inspect_path(
+        path,
+        ignore_config_keys=ignored,
+        layout=layout,
+        text_only=text_only,
+        backend=backend,
+        arithmetic=arithmetic,
+    )
     if as_json:
         print_json(report.to_json())
     else:

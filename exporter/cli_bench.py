@@ -14,6 +14,7 @@ from exporter.cli_options import (
     verify_option,
     weights_folder_option,
 )
+from exporter.cli_receipt import ProofOptions, proof_options
 from exporter.console import output, print_json, progress_bars, show_notes
 
 
@@ -38,6 +39,7 @@ from exporter.console import output, print_json, progress_bars, show_notes
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: one per physical core]")
 @weights_folder_option
 @verify_option
+@proof_options
 @json_option
 def bench(
     bundle: Path,
@@ -52,6 +54,7 @@ def bench(
     threads: int | None,
     weights_folder: Path | None,
     verify: bool,
+    proof: ProofOptions,
     as_json: bool,
 ) -> None:
     """Measure BUNDLE: prefill and decode at several context lengths, first token, loading, memory.
@@ -76,6 +79,8 @@ def bench(
         engine=engine,
         weights_folder=weights_folder,
         verify=verify,
+        require_parity=proof.require_parity,
+        trust=proof.trust,
     )
     with progress_bars(quiet=as_json) as progress:
         report = run(bundle, options, progress)

@@ -1,21 +1,14 @@
-"""`cierzo build`: an engine of a bundle for one kind of GPU, kept in the bundle."""
+"""`cierzo build`: an engine of a bundle for GPUs, kept in the bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from exporter.cli_options import EXISTING, json_option, weights_folder_option
-from exporter.console import new_table, output, print_json, progress_bars
+from exporter.console import output, print_json, progress_bars
 from exporter.defaults import ARITHMETIC_KINDS, ENGINE_BACKENDS, ENGINE_FLAVORS, ENGINE_WEIGHTS, RING_KINDS
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from exporter.build.build import BuiltEngine
 
 
 @click.command()
@@ -47,9 +40,8 @@ if TYPE_CHECKING:
 @click.option(
     "--weights",
     type=click.Choice(ENGINE_WEIGHTS),
-    default=ENGINE_WEIGHTS[0],
-    show_default=True,
-    help="Filled from the bundle's files when the engine is loaded, or copied into it.",
+    help="Filled from the bundle's files when the engine is loaded, or copied into it."
+    f"  [default: {ENGINE_WEIGHTS[0]}]",
 )
 @weights_folder_option
 @json_option
@@ -61,15 +53,18 @@ def build(
     arithmetic: str | None,
     kv: str | None,
     plugins: str | None,
-    weights: str,
+    weights: str | None,
     weights_folder: Path | None,
     as_json: bool,
 ) -> None:
-    """Build an engine of BUNDLE for one kind of GPU, into BUNDLE.
+    """Build an engine of BUNDLE for GPUs, into BUNDLE.
 
-    An engine has two plans, one for chunks of tokens and one for single ones. It runs with the version of the library
-    that built it, on GPUs of that compute capability; build one for each. tensorrt builds for the GPU at hand,
-    tensorrt-rtx for any that it runs on, without one.
+    An engine of tensorrt has two plans, one for chunks of tokens and one for single ones. It runs with the version of
+    the library that built it, on GPUs of that compute capability; build one for each. The flavor tensorrt builds for
+    the GPU at hand, tensorrt-rtx for any that it runs on, without one.
+
+    An engine of onnxruntime-cuda has two graphs instead, of what ONNX Runtime has CUDA kernels for. It is built without
+    a GPU, runs on all that ONNX Runtime does, and has no other option than --arithmetic, which is bfloat16 or float16.
     """
     from exporter.build.build import build as run
 
@@ -87,78 +82,7 @@ def build(
             progress=progress,
         )
     if as_json:
-        print_json(to_json(built))
+        print_json(built.to_json())
     else:
-        output().print(draw(built))
-        size = sum(plan.bytes for plan in built.info.plans.values())
-        click.echo(f"wrote {built.folder} ({size / 1e6:,.1f} MB{_filled(built)})")
-
-
-def to_json(built: BuiltEngine) -> dict[str, Any]:
-    """What `--json` prints."""
-    info = built.info
-    return {
-        "engine": info.name,
-        "folder": str(built.folder),
-        **{
-            key: getattr(info, key)
-            for key in ("backend", "flavor", "version", "compute_capability", "arithmetic", "kv", "weights")
-        },
-        "plugins": list(info.plugins),
-        "compiled_kernels": built.compiled,
-        "peak_bytes": built.peak_bytes,
-        "plans": {
-            name: {
-                "bytes": plan.bytes,
-                "seconds": round(built.seconds[name], 3),
-                "kernels": [dict(counts) for counts in built.kernels[name]],
-            }
-            for name, plan in info.plans.items()
-        },
-    }
-
-
-def draw(built: BuiltEngine) -> Table:
-    """What a step runs: kernels by what they do, a row for each profile of each plan."""
-    from exporter.build.kernels import KINDS
-
-    info = built.info
-    title = f"{info.flavor} {info.version}, compute capability {info.compute_capability}, {info.arithmetic}"
-    table = new_table(title, "plan", "rows", "tokens", "MB", "seconds", *(_COLUMNS[kind] for kind in KINDS))
-    table.padding = 0  # so that a terminal of 80 columns holds it
-    table.columns[0].no_wrap = True
-    for name, plan in info.plans.items():
-        for index, (profile, counts) in enumerate(zip(plan.profiles, built.kernels[name], strict=True)):
-            whole = (name, f"{plan.bytes / 1e6:,.1f}", f"{built.seconds[name]:.1f}") if index == 0 else ("", "", "")
-            rows, tokens = _range(profile.min_batch, profile.max_batch), _range(profile.min_tokens, profile.max_tokens)
-            table.add_row(whole[0], rows, tokens, *whole[1:], *_counts(counts, KINDS))
-    return table
-
-
-_COLUMNS: Mapping[str, str] = {
-    "product": "products",
-    "attention": "attention",
-    "plugin": "plugins",
-    "copy": "copies",
-    "other": "others",
-}
-
-
-def _counts(counts: Mapping[str, int], kinds: tuple[str, ...]) -> list[str]:
-    """Question marks where the library did not list its kernels."""
-    return [str(counts[kind]) if any(counts.values()) else "?" for kind in kinds]
-
-
-def _range(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}-{high}"
-
-
-def _filled(built: BuiltEngine) -> str:
-    filled = {file for tensor in built.info.tensors for file in _files(tensor)}
-    return f"; filled from {', '.join(sorted(filled))} when it is loaded" if filled else ", its weights included"
-
-
-def _files(tensor: Any) -> set[str]:
-    from runtime.weight_expression import files_of
-
-    return files_of(tensor.expression)
+        output().print(built.draw())
+        click.echo(f"wrote {built.folder} ({built.written()})")

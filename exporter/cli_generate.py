@@ -19,6 +19,7 @@ from exporter.cli_options import (
     verify_option,
     weights_folder_option,
 )
+from exporter.cli_receipt import ProofOptions, proof_options
 from exporter.console import name_unverified, print_json, progress_bars, show_notes
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of the engine.  [default: one per physical core]")
 @weights_folder_option
 @verify_option
+@proof_options
 @json_option
 def generate(
     bundle: Path,
@@ -64,6 +66,7 @@ def generate(
     threads: int | None,
     weights_folder: Path | None,
     verify: bool,
+    proof: ProofOptions,
     as_json: bool,
 ) -> None:
     """Continue PROMPT with BUNDLE, as far past the window as you like.
@@ -88,6 +91,8 @@ def generate(
             verify=verify,
             weights_folder=weights_folder,
             progress=progress,
+            require_parity=proof.require_parity,
+            trust=proof.trust,
         )
     name_unverified(session.unverified)
     show_notes(session.notes)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from exporter.cli_baseline import BaselineOptions, baseline_options
 from exporter.cli_options import (
     EXISTING,
     FOLDER,
@@ -15,7 +16,9 @@ from exporter.cli_options import (
     verify_option,
     weights_folder_option,
 )
+from exporter.cli_receipt import ReceiptOptions, receipt_options
 from exporter.console import name_unverified, output, print_json, progress_bars
+from exporter.validation_report import SUITES
 
 PARITY_FAILED = 1
 
@@ -27,11 +30,23 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 @click.argument("checkpoint", type=EXISTING, required=False)
 @backend_option
 @engine_option
+@click.option(
+    "--suite",
+    type=click.Choice(SUITES),
+    default=SUITES[0],
+    show_default=True,
+    help="All borders of windows and context, or what takes under a minute on a model of a billion parameters.",
+)
 @seed_option
 @click.option("--layers", is_flag=True, help="Also compare the output of every module.")
 @click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write an HTML report there."
 )
+@click.option(
+    "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JUnit XML there, for CI."
+)
+@baseline_options
+@receipt_options
 @click.option(
     "--text",
     type=EXISTING,
@@ -51,9 +66,13 @@ def validate(
     checkpoint: Path | None,
     backend: str | None,
     engine: str | None,
+    suite: str,
     seed: int,
     layers: bool,
     report: Path | None,
+    junit: Path | None,
+    baseline: BaselineOptions,
+    receipt: ReceiptOptions,
     text: Path | None,
     max_kl: float | None,
     weights_folder: Path | None,
@@ -74,9 +93,11 @@ def validate(
             from exporter.parity_tools import require_polygraphy
 
             require_polygraphy()  # before the other checks take their time
+        receipts = receipt.prepare(bundle, weights_folder)
         outcome = run(
             bundle,
             checkpoint,
+            suite=suite,
             backend=backend,
             engine=engine,
             seed=seed,
@@ -88,16 +109,19 @@ def validate(
         )
         if layers:
             by_module = compare_layers(bundle, checkpoint, seed=seed, weights_folder=weights_folder, progress=progress)
+    measured, outcome = outcome, baseline.judged(outcome)
     name_unverified(outcome.unverified)
+    if junit is not None:
+        from exporter.junit_report import write_junit
+
+        write_junit(junit, outcome, by_module)
     if report is not None:
         from exporter.html_report import write_html
 
         write_html(report, outcome, by_module)
-    passed = outcome.passed and (by_module is None or by_module.passed)
-    if as_json:
-        extra = {} if by_module is None else {"passed": passed, "layers": by_module.to_json()}
-        print_json(outcome.to_json() | extra)
-    else:
+    modules_hold = by_module is None or by_module.passed
+    passed = outcome.passed and modules_hold
+    if not as_json:  # before the receipt, whose files may be refused
         render(outcome, output())
         if by_module is not None:
             from exporter.layer_report import render_layers
@@ -105,6 +129,13 @@ def validate(
             render_layers(by_module, output())
         if report is not None:
             click.echo(f"wrote {report}")
+    with progress_bars(quiet=as_json) as progress:
+        written = receipts.conclude(measured, holds=measured.passed and modules_hold, passed=passed, progress=progress)
+    if as_json:
+        extra = {} if by_module is None else {"passed": passed, "layers": by_module.to_json()}
+        print_json(outcome.to_json() | extra | {"receipt": None if written is None else written.to_json()})
+    elif written is not None:
+        click.echo(str(written))
     if not passed:
         click.get_current_context().exit(PARITY_FAILED)
 

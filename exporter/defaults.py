@@ -49,7 +49,7 @@ FRONTENDS = ("reference", "transformers")
 ATTENTIONS = ("sdpa", "eager")
 """How the front end transformers spells attention; the first one is the default."""
 
-ENGINE_BACKENDS = ("tensorrt",)
+ENGINE_BACKENDS = ("tensorrt", "onnxruntime-cuda")
 """Backends that engines are built for; the first one is the default."""
 
 ENGINE_FLAVORS = ("tensorrt", "tensorrt-rtx")
@@ -69,3 +69,6 @@ BUILDING = "building the {} plan"
 
 COMPILING = "compiling CUDA kernels"
 """The stage in which the plugins' kernels are compiled."""
+
+LOWERING = "lowering the graph"
+"""The stage in which an engine of graphs is made, by graph."""

@@ -13,9 +13,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from exporter.inspect_engines import engine_facts, lowered_facts
 from exporter.inspect_report import (
     BundleFacts,
-    EngineFacts,
     InspectReport,
     KernelFacts,
     KVUse,
@@ -24,14 +24,13 @@ from exporter.inspect_report import (
     ReceptiveField,
     StoredTensors,
 )
-from runtime.errors import BundleError, CheckpointError
+from runtime.errors import BackendError, BundleError, CheckpointError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from reference.checkpoint import Checkpoint
     from reference.config import ModelConfig
-    from runtime.bundle import Bundle
 
 __all__ = [
     "CONTEXTS",
@@ -51,26 +50,42 @@ GROUPS = ("embedding", "attention", "mlp", "experts", "router", "norms", "lm_hea
 
 
 def inspect_path(
-    path: str | Path, *, ignore_config_keys: Collection[str] = (), layout: str | None = None, text_only: bool = False
+    path: str | Path,
+    *,
+    ignore_config_keys: Collection[str] = (),
+    layout: str | None = None,
+    text_only: bool = False,
+    backend: str | None = None,
+    arithmetic: str | None = None,
 ) -> InspectReport:
     """Report on a bundle folder, a checkpoint folder (its tensors are checked too), a config.json or a params.json.
 
     A folder without safetensors is reported from its config alone. layout, text_only: see
     `reference.checkpoint.open_checkpoint`; a bundle has neither.
-    Raises BundleError, CheckpointError or ConfigError for whatever the path holds but cannot be represented exactly.
+    backend, arithmetic: of an engine of a bundle whose nodes are to be placed as if it were built; see
+    `exporter.build.build.build`.
+    Raises BackendError where that cannot be told, and BundleError, CheckpointError or ConfigError for whatever the path
+    holds but cannot be represented exactly.
     """
     from reference.checkpoint import describe
     from runtime.bundle import MANIFEST_NAME
 
+    if arithmetic is not None and backend is None:
+        raise BackendError("An arithmetic is that of an engine. Say for which backend: --backend onnxruntime-cuda.")
     path = Path(os.path.expanduser(path)).absolute()
     if not os.path.lexists(path):  # where a link leads is found out when it is opened
         raise CheckpointError(
             f"{path} does not exist. Give a checkpoint folder, a config.json, a params.json or a bundle."
         )
     if path.name == MANIFEST_NAME:
-        return _inspect_bundle(path.parent)
+        return _inspect_bundle(path.parent, backend, arithmetic)
     if (path / MANIFEST_NAME).is_file():
-        return _inspect_bundle(path)
+        return _inspect_bundle(path, backend, arithmetic)
+    if backend is not None:
+        raise BundleError(
+            f"{path} is no bundle, and only the graph of a bundle has nodes that run somewhere. Export it first, or "
+            "leave out --backend."
+        )
     found = describe(path, ignore_config_keys=ignore_config_keys, layout=layout, text_only=text_only)
     if found.checkpoint is not None:
         return _inspect_checkpoint(found.checkpoint)
@@ -177,7 +192,8 @@ def _inspect_checkpoint(checkpoint: Checkpoint) -> InspectReport:
     return replace(_inspect_config(checkpoint.path, config, checkpoint.layout), kind="checkpoint", stored=stored)
 
 
-def _inspect_bundle(folder: Path) -> InspectReport:
+def _inspect_bundle(folder: Path, backend: str | None, arithmetic: str | None) -> InspectReport:
+    from exporter.inspect_receipts import receipt_facts
     from runtime.bundle import MANIFEST_NAME, read_bundle
     from runtime.estimate import estimate
     from runtime.rolling_kv import kv_bytes
@@ -229,41 +245,25 @@ def _inspect_bundle(folder: Path) -> InspectReport:
             kernels=kernels,
             memory=estimate(manifest, kernels_active=active),
             memory_of_all_rows=estimate(manifest, batch=kv.max_batch, kernels_active=active),
-            engines=tuple(_engine(bundle, name) for name in manifest.engines),
+            engines=tuple(engine_facts(bundle, name) for name in manifest.engines),
+            lowered=None if backend is None else lowered_facts(bundle, backend, arithmetic),
+            receipts=receipt_facts(bundle),
         ),
     )
 
 
-def _engine(bundle: Bundle, name: str) -> EngineFacts:
-    from runtime.tensorrt.engine_choice import read_engine
-
-    try:
-        info = read_engine(bundle, name)
-    except BundleError as error:
-        return EngineFacts(name, problem=str(error))
-    return EngineFacts(
-        name=name,
-        flavor=info.flavor,
-        version=info.version,
-        compute_capability=info.compute_capability,
-        arithmetic=info.arithmetic,
-        kv=info.kv,
-        plugins=info.plugins,
-        weights=info.weights,
-        bytes=sum(plan.bytes for plan in info.plans.values()),
-    )
-
-
 def _kernels(graph: Path) -> KernelFacts:
-    from runtime.graph_ops import plugin_ops
+    from runtime.graph_ops import PLUGIN_DOMAIN, all_ops
     from runtime.kernels import kernels, why_none
 
-    ops, found = plugin_ops(graph), kernels()
+    nodes, found = all_ops(graph), kernels()
+    ops = {op: number for (domain, op), number in nodes.items() if domain == PLUGIN_DOMAIN}
     known = () if found is None else found.ops
     return KernelFacts(
         library=None if found is None else str(found.library),
         isa=None if found is None else found.isa,
         native={op: number for op, number in ops.items() if op in known},
         bodies={op: number for op, number in ops.items() if op not in known},
+        standard={op: number for (domain, op), number in nodes.items() if domain != PLUGIN_DOMAIN},
         reason=why_none(),
     )

@@ -12,6 +12,8 @@ from typing import Any
 
 from runtime.estimate import MemoryEstimate
 
+Nodes = Mapping[str, Mapping[str, Mapping[str, int]]]
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -95,28 +97,41 @@ class StoredTensors:
 
 @dataclass(frozen=True, slots=True)
 class KernelFacts:
-    """Which plugin nodes of a bundle this machine runs natively: op to number of nodes.
+    """How the backend onnxruntime runs the nodes of a bundle's graph on this machine: op to number of nodes.
 
     library: the shared library with the kernels; isa: the level of instructions that it uses here. native: what it
-    runs. bodies: the ops that run their portable function bodies. reason: why no kernels are active, a sentence, and
-    None when they are.
+    runs. bodies: the ops that run their portable function bodies. standard: those that ONNX Runtime's own kernels run.
+    reason: why no kernels are active, a sentence, and None when they are.
     """
 
     library: str | None
     isa: str | None
     native: Mapping[str, int]
     bodies: Mapping[str, int]
+    standard: Mapping[str, int]
     reason: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """An engine that was built of a bundle; see `runtime.engine_info`. bytes: of its plans.
+class LoweredFacts:
+    """An engine that could be built, with graphs: where their nodes would run, graph -> provider -> op -> nodes."""
 
-    problem: why it cannot be read; then nothing else is known of it but its name.
+    backend: str
+    arithmetic: str
+    nodes: Nodes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """An engine that was built of a bundle; see `runtime.engine_info` and `runtime.step_engine_info`.
+
+    bytes: of its plans or graphs. flavor, compute_capability, plugins, weights: of engines with plans. nodes: of
+    engines with graphs, where they run: graph -> provider -> op -> nodes. problem: why it cannot be read; then nothing
+    else is known of it but its name.
     """
 
     name: str
+    backend: str | None = None
     flavor: str | None = None
     version: str | None = None
     compute_capability: str | None = None
@@ -125,6 +140,24 @@ class EngineFacts:
     plugins: tuple[str, ...] = ()
     weights: str | None = None
     bytes: int | None = None
+    nodes: Nodes | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptFacts:
+    """A receipt of parity; see `runtime.parity_receipt`. made: UTC. signed_by: a public key in base64, unverified.
+
+    problem: why it does not fit the manifest and the small files, or why it cannot be read; then nothing else is known.
+    """
+
+    backend: str | None = None
+    engine: str | None = None
+    suite: str | None = None
+    device: str | None = None
+    made: str | None = None
+    cierzo_version: str | None = None
+    signed_by: str | None = None
     problem: str | None = None
 
 
@@ -137,6 +170,7 @@ class BundleFacts:
     quantization: how weights are quantised, in words; None where they are not.
     files: bytes of all files but the manifest and those of engines; those with weights included.
     kernels: on this machine. memory, memory_of_all_rows: what a session takes here for one row and for max_batch.
+    lowered: an engine that was asked for and need not be built.
     """
 
     cierzo_version: str
@@ -161,6 +195,8 @@ class BundleFacts:
     memory: MemoryEstimate
     memory_of_all_rows: MemoryEstimate
     engines: tuple[EngineFacts, ...] = ()
+    lowered: LoweredFacts | None = None
+    receipts: tuple[ReceiptFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

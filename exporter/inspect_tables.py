@@ -11,6 +11,7 @@ from rich.table import Table
 
 from exporter.console import facts_table, new_table
 from exporter.fusion_table import draw_fusion
+from exporter.inspect_receipts import draw_receipts
 from exporter.inspect_report import (
     BundleFacts,
     EngineFacts,
@@ -21,6 +22,7 @@ from exporter.inspect_report import (
     ReceptiveField,
     StoredTensors,
 )
+from exporter.node_table import draw_nodes
 
 _LAYOUTS = {"huggingface": "Hugging Face", "native": "Mistral's own"}
 _PLACES = {"copied": "copied into the bundle", "linked": "linked from the checkpoint", "folder": "in their own folder"}
@@ -44,6 +46,13 @@ def draw(report: InspectReport, console: Console) -> None:
         console.print(_file_table(report.bundle.files))
         if report.bundle.engines:
             console.print(_engine_table(report.bundle.engines))
+        for engine in report.bundle.engines:
+            if engine.nodes is not None:
+                console.print(draw_nodes(f"Nodes of {escape(engine.name)}", engine.nodes))
+        if (lowered := report.bundle.lowered) is not None:
+            console.print(draw_nodes(f"Nodes of an engine for {lowered.backend}, {lowered.arithmetic}", lowered.nodes))
+        if report.bundle.receipts:
+            console.print(draw_receipts(report.bundle.receipts))
         for table in draw_fusion(report.bundle.fusion):
             console.print(table)
 
@@ -217,6 +226,7 @@ def _kernel_table(kernels: KernelFacts) -> Table:
             "instructions": kernels.isa,
             "native": _types({f"x {op}": number for op, number in kernels.native.items()}) or "no node",
             "portable bodies": _types({f"x {op}": number for op, number in kernels.bodies.items()}) or "no node",
+            "ONNX Runtime's own": f"{sum(kernels.standard.values()):,} nodes of {len(kernels.standard)} ops",
             "why": kernels.reason,
         },
     )
@@ -231,13 +241,15 @@ def _file_table(files: Mapping[str, int]) -> Table:
 
 def _engine_table(engines: Sequence[EngineFacts]) -> Table:
     """Names say most: library, version, compute capability, arithmetic."""
-    table = new_table("Engines", "engine", "with", "plans", left=2)
+    table = new_table("Engines", "engine", "with", "size", left=2)
     table.columns[0].no_wrap = True
     for engine in engines:
         if engine.problem is not None:
             table.add_row(escape(engine.name), escape(engine.problem))
         else:
-            plugins = f"{len(engine.plugins) or 'no'} plugin{'' if len(engine.plugins) == 1 else 's'}"
-            told = f"{engine.kv} rings\n{plugins}\n{engine.weights}"
+            told = f"{engine.kv} rings"
+            if engine.nodes is None:
+                plugins = f"{len(engine.plugins) or 'no'} plugin{'' if len(engine.plugins) == 1 else 's'}"
+                told = f"{told}\n{plugins}\n{engine.weights}"
             table.add_row(escape(engine.name), told, size(engine.bytes or 0))
     return table

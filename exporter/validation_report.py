@@ -86,7 +86,7 @@ class ValidationReport:
 
     budget: largest absolute error that was allowed; reference_error: what the reference itself does in that dtype;
     largest_logit: the scale of both. position_errors: largest |error| by position of the longest row; positions: which
-    these are, all where it is empty.
+    these are, all where it is empty; position_budgets: what was allowed at each, the budget where it is empty.
     quality: how far quantised weights are from the original ones, None where none are quantised.
     unverified: files whose hashes were asked for and that have none in the manifest.
     suite: which checks were asked for. engine: name of the built engine that ran, None where the bundle's graph did.
@@ -109,6 +109,7 @@ class ValidationReport:
     quality: Quality | None = None
     unverified: tuple[str, ...] = ()
     positions: tuple[int, ...] = ()
+    position_budgets: tuple[float, ...] = ()
     suite: str = "full"
     engine: str | None = None
     device: str = "cpu"
@@ -165,6 +166,7 @@ class ValidationReport:
             ],
             "positions": list(self.positions),
             "position_errors": [_finite(error) for error in self.position_errors],
+            "position_budgets": list(self.position_budgets),
             "quality": None if self.quality is None else self.quality.to_json(),
             "unverified": list(self.unverified),
             "versions": dict(self.versions),

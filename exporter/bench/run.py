@@ -19,11 +19,12 @@ from exporter.bench.report import AtContext, BenchReport, LeftOut, Memory, Profi
 from exporter.bench.rounds import Rounds, Text, warm_up
 from exporter.bench.shares import decode_of, limits_of, prefill_of, step_cost
 from exporter.machine import describe, memory_of, seconds
-from runtime import Session, load, read_bundle
+from runtime import Bundle, Session, load
 from runtime.backends.cores import physical_cores
 from runtime.errors import InputError
 from runtime.kernels import kernels, why_none
 from runtime.manifest import Manifest
+from runtime.parity_proof import open_bundle
 
 LOADING, PROFILING = "loading", "profiling"
 """Stages whose end nobody knows; MEASURING of `exporter.bench.rounds` counts tokens."""
@@ -50,6 +51,8 @@ class BenchOptions:
     engine: str | None = None
     weights_folder: Path | None = None
     verify: bool = False
+    require_parity: bool | str = False
+    trust: Path | None = None
 
 
 def bench(path: str | Path, options: BenchOptions, progress: Progress | None = None) -> BenchReport:
@@ -60,7 +63,16 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
     ModuleNotFoundError in an install without the packages that read graphs.
     """
     require_packages()
-    bundle = read_bundle(path, verify=options.verify, weights_folder=options.weights_folder, progress=progress)
+    bundle = open_bundle(
+        path,
+        options.require_parity,
+        options.trust,
+        options.backend,
+        options.engine,
+        verify=options.verify,
+        weights_folder=options.weights_folder,
+        progress=progress,
+    )
     manifest = bundle.manifest
     plan = plan_contexts(options.contexts, manifest.kv, decode_tokens=options.decode_tokens, rounds=options.rounds)
     if options.batch > manifest.kv.max_batch:
@@ -72,7 +84,7 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
         load,
         path,
         backend=options.backend,
-        engine=options.engine,
+        engine=_engine(bundle, options),
         threads=options.threads,
         weights_folder=options.weights_folder,
     )
@@ -160,6 +172,18 @@ def bench(path: str | Path, options: BenchOptions, progress: Progress | None = N
         profile=profile,
         notes=notes,
     )
+
+
+def _engine(bundle: Bundle, options: BenchOptions) -> str | None:
+    """Which engine to load, so that it is the one that was proved where a proof was asked for."""
+    if options.engine is not None or options.require_parity is False or not bundle.manifest.engines:
+        return options.engine
+    if len(bundle.manifest.engines) > 1:
+        raise InputError(
+            f"Several engines of the bundle {bundle.path} are proved: {', '.join(sorted(bundle.manifest.engines))}. "
+            "Name the one to measure with --engine."
+        )
+    return next(iter(bundle.manifest.engines))
 
 
 def _unseen(stage: str, done: int, total: int) -> None:

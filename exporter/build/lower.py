@@ -6,12 +6,13 @@ plans of an engine read from one place, or it is replaced by a constant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from exporter.build.weights_as_inputs import Reader, WeightInputs, check_weight
 from exporter.bundle_graph import load_graph
 from graph_passes.lower.arithmetic import ARITHMETIC, RINGS, lower_arithmetic
 from graph_passes.lower.bodies import refresh_bodies
@@ -23,21 +24,13 @@ from graph_passes.ops.moe import MIXTURE_OF_EXPERTS
 from graph_passes.ops.rolling_attention import ROLLING_ATTENTION, ROLLING_ATTENTION_INT8
 from graph_passes.ops.stored_matmul import STORED_MATMUL
 from runtime.bundle import Bundle
-from runtime.engine_info import INPUT, REFIT, EngineWeight
-from runtime.errors import BackendError, BundleError
-from runtime.json_files import brief
-from runtime.weight_expression import Cast, Concat, Expression, Rows, Signed, Stored, files_of, pieces
+from runtime.engine_info import EngineWeight
+from runtime.errors import BackendError
 
-_SPELLED = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
-    ir.DataType.UINT8: "U8",
-    ir.DataType.INT8: "I8",
-    ir.DataType.INT4: "I4",
+_READERS = {
+    (DOMAIN, STORED_MATMUL.name): Reader(computed=(1,)),
+    (DOMAIN, MIXTURE_OF_EXPERTS.name): Reader(computed=(3, 4, 5)),
 }
-_WEIGHTS_OF = {STORED_MATMUL.name: (1,), MIXTURE_OF_EXPERTS.name: (3, 4, 5)}
-"""Ops that read weights in the type that they compute in, and where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +55,12 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
             f"{kv}."
         )
     model = load_graph(bundle)
-    _refuse(model, bundle, arithmetic)
+    refuse_bundle(model, bundle, arithmetic)
     refresh_bodies(model)
     lower_arithmetic(model, arithmetic, kv)
     merge_products(model)
     pack_attention(model)
-    weights = _Weights(model)
+    weights = WeightInputs(model, _READERS)
     dequantize_products(model, ARITHMETIC[arithmetic], weights.bind)
     weights.detach_all()
     common.RemoveUnusedNodesPass()(model)
@@ -75,14 +68,12 @@ def lower_for_engine(bundle: Bundle, arithmetic: str, kv: str) -> LoweredGraph:
     if kv == "float8":
         _mark_what_is_beyond(model)
     for weight in weights.made():
-        _refuse_other_files(bundle, weight)
-        if isinstance(weight.expression, Cast) and weight.expression.to != "F32":
-            for _ in pieces(weight.expression, bundle.file, weights.orders):
-                pass  # made as when it is loaded, which refuses what would become infinite: better here than there
+        check_weight(bundle, weight, weights.orders)
     return LoweredGraph(ir.to_proto(model).SerializeToString(deterministic=True), weights.made(), weights.orders)
 
 
-def _refuse(model: ir.Model, bundle: Bundle, arithmetic: str) -> None:
+def refuse_bundle(model: ir.Model, bundle: Bundle, arithmetic: str) -> None:
+    """Raises BackendError for a bundle whose rings or quantised weights no engine of that arithmetic takes."""
     if any((node.domain, node.op_type) == (DOMAIN, ROLLING_ATTENTION_INT8.name) for node in model.graph):
         raise BackendError(
             f"The bundle {bundle.path} has int8 KV buffers, and this backend keeps its own kinds. Export the "
@@ -97,15 +88,6 @@ def _refuse(model: ir.Model, bundle: Bundle, arithmetic: str) -> None:
         )
 
 
-def _refuse_other_files(bundle: Bundle, weight: EngineWeight) -> None:
-    known = bundle.manifest.files.keys() | bundle.manifest.weights.files.keys()
-    if other := files_of(weight.expression) - known:
-        raise BundleError(
-            f"The graph of {bundle.path} reads {weight.name} from {brief(other.pop())}, which is no file of the "
-            "bundle. Export the checkpoint again."
-        )
-
-
 def _mark_what_is_beyond(model: ir.Model) -> None:
     """Numbers that e4m3 cannot hold become NaN in a ring, not its largest number, as in Cierzo's kernels."""
     for function in model.functions.values():
@@ -113,111 +95,3 @@ def _mark_what_is_beyond(model: ir.Model) -> None:
             like = node.inputs[1] if node.op_type == "CastLike" else None
             if like is not None and like.name in ROLLING_ATTENTION.inputs[5:7]:
                 node.attributes["saturate"] = ir.AttrInt64("saturate", 0)
-
-
-class _Weights:
-    """Turns the weights of a graph into inputs, each once for each type that it is read in."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._model = model
-        self._inputs: dict[tuple[str, str], ir.Value] = {}
-        self._names: dict[ir.Value, str] = {}
-        self._made: list[EngineWeight] = []
-        self.orders: dict[str, tuple[int, ...]] = {}
-
-    def made(self) -> tuple[EngineWeight, ...]:
-        return tuple(self._made)
-
-    def bind(self, value: ir.Value, dtype: ir.DataType, shape: Sequence[int], fuses: bool) -> ir.Value:
-        """The input that takes the place of `value`, a weight that nodes make or an initializer; see `Bind`.
-
-        Only as a constant does a weight become part of its product, and so it is filled into every plan.
-        """
-        expression = self._expression(value)
-        assert expression is not None, value.name
-        return self._input(value, expression, dtype, shape, REFIT if fuses else INPUT)
-
-    def detach_all(self) -> None:
-        """Every weight that is still read by a node becomes an input, of the type that the node computes in."""
-        known: dict[ir.Value, Expression | None] = {}
-        for node in list(self._model.graph):
-            if node.outputs and self._known(node.outputs[0], known) is not None:
-                continue  # makes a weight, and is read itself by what uses it
-            for index, value in enumerate(node.inputs):
-                if value is None:
-                    continue
-                expression = self._known(value, known)
-                if expression is None:
-                    continue
-                assert value.shape is not None
-                assert value.dtype is not None
-                computes = node.domain == DOMAIN and index in _WEIGHTS_OF.get(node.op_type, ())
-                dtype = node.inputs[0].dtype if computes and node.inputs[0] is not None else value.dtype
-                assert dtype is not None
-                made = self._input(value, expression, dtype, value.shape.numpy(), INPUT)
-                node.replace_input_with(index, made)
-
-    def _known(self, value: ir.Value, known: dict[ir.Value, Expression | None]) -> Expression | None:
-        if value not in known:
-            known[value] = self._expression(value)
-        return known[value]
-
-    def _input(
-        self, weight: ir.Value, expression: Expression, dtype: ir.DataType, shape: Sequence[int], role: str
-    ) -> ir.Value:
-        spelled, name = _SPELLED[dtype], self._names.setdefault(weight, str(weight.name))
-        if (name, spelled) not in self._inputs:
-            unique = f"{name}.{spelled.lower()}" if name in {known for known, _ in self._inputs} else name
-            if weight.is_initializer() and weight.name == name:  # who reads it still does, until it is met as well
-                self._model.graph.initializers.pop(name)
-                weight.name = f"{name}.stored"
-                self._model.graph.register_initializer(weight)
-            value = ir.Value(name=unique, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-            self._model.graph.inputs.append(value)
-            self._inputs[name, spelled] = value
-            self._made.append(EngineWeight(unique, spelled, tuple(shape), role, _as(expression, spelled)))
-        return self._inputs[name, spelled]
-
-    def _expression(self, value: ir.Value) -> Expression | None:
-        """How `value` is made of files alone; None when it is not."""
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            assert tensor.dtype is not None
-            return Stored(str(tensor.location), tensor.offset or 0, _SPELLED[tensor.dtype], tuple(tensor.shape.numpy()))
-        node = value.producer()
-        if node is None or node.domain != "":
-            return None
-        if node.op_type == "Concat" and node.attributes["axis"].as_int() == 0:
-            parts = [None if v is None else self._expression(v) for v in node.inputs]
-            found = [part for part in parts if part is not None]
-            return Concat(tuple(found)) if len(found) == len(parts) else None
-        source = node.inputs[0]
-        below = None if source is None else self._expression(source)
-        if below is None or node.op_type not in ("Gather", "Cast"):
-            return None
-        if node.op_type == "Cast":
-            to = ir.DataType(node.attributes["to"].as_int())
-            return _as(below, _SPELLED[to]) if to in ARITHMETIC.values() else None
-        order = node.inputs[1]
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        if order is None or order.const_value is None or axis != 0 or isinstance(order.const_value, ir.ExternalTensor):
-            return None
-        name = str(order.name)
-        self.orders[name] = tuple(int(index) for index in order.const_value.numpy().reshape(-1))
-        return Rows(below, name)
-
-
-def _as(expression: Expression, dtype: str) -> Expression:
-    """`expression` in the type `dtype`, cast or made signed if it has another."""
-    has = _dtype(expression)
-    if has == dtype:
-        return expression
-    return Signed(expression, dtype) if has == "U8" else Cast(expression, dtype)
-
-
-def _dtype(expression: Expression) -> str:
-    if isinstance(expression, Stored):
-        return expression.dtype
-    if isinstance(expression, Concat):
-        return _dtype(expression.parts[0])
-    return _dtype(expression.of) if isinstance(expression, Rows) else expression.to

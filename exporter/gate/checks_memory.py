@@ -67,5 +67,5 @@ def memory(run: Run) -> Iterator[Check]:
         [slots], batch=session.batch, num_kv_heads=model.num_kv_heads, head_dim=model.head_dim, dtype=numerics.kv
     )
     held = session.kv_bytes
-    detail = f"{held:,} bytes after {int(session.position.max()):,} tokens, as W + {beyond} slots a layer make"
+    detail = f"{held:,} bytes after {int(session.position.max()):,} tokens, as W + {beyond} slots in each layer make"
     yield Check("KV memory", held == due, detail if held == due else f"{held:,} bytes are held and {due:,} are due")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import exporter
-from exporter.build import build as building
+from exporter.build import plan_engine
 from exporter.build.engine_folder import engine_folder
 from exporter.defaults import BUILDING, COMPILING
 from runtime.bundle import Bundle, read_bundle
@@ -28,7 +28,7 @@ from runtime.kernels.cuda.compiler import cache_folder
 from runtime.tensorrt.engine_choice import read_engine
 from runtime.tensorrt.flavor import load_flavor
 from runtime.weight_expression import pieces
-from tests.support.engines import CHUNK, ROWS, Engine, bundle_of, engine, kernels_compiled
+from tests.support.engines import CHUNK, ROWS, Engine, built_plans, bundle_of, engine, kernels_compiled
 
 KILLED_AT = ("lowered.onnx", "prefill.plan", "decode.plan")
 
@@ -86,7 +86,7 @@ def test_embedded_plans_hold_them_all(tmp_path: Path, model: str) -> None:
     opened = bundle_of(model, tmp_path / "bundle", max_batch=1)
     weightless = engine(model, plugins="all", max_batch=1)
     with kernels_compiled():
-        built = building.build(opened.path, compute_capability="8.9", weights=EMBEDDED)
+        built = built_plans(opened.path, compute_capability="8.9", weights=EMBEDDED)
     assert (built.info.weights, built.info.tensors, dict(built.info.orders)) == (EMBEDDED, (), {})
     norm = next(weight for weight in weightless.info.tensors if weight.name == "norm.weight")
     data = np.concatenate(list(pieces(norm.expression, opened.file, {}))).tobytes()
@@ -121,10 +121,10 @@ def test_engines_lie_side_by_side_and_the_same_one_is_replaced(tmp_path: Path) -
     opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
     before = json.loads((opened.path / "manifest.json").read_text(encoding="utf-8"))
     with kernels_compiled():
-        first = building.build(opened.path, compute_capability="8.9")
-        second = building.build(opened.path, compute_capability="8.9", kv="float16")
+        first = built_plans(opened.path, compute_capability="8.9")
+        second = built_plans(opened.path, compute_capability="8.9", kv="float16")
         (first.folder / "left").touch()
-        again = building.build(opened.path, compute_capability="8.9")
+        again = built_plans(opened.path, compute_capability="8.9")
     assert again.folder == first.folder
     assert not (first.folder / "left").exists()
     assert set(read_bundle(opened.path).manifest.engines) == {first.info.name, second.info.name}
@@ -149,9 +149,9 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise BackendError("no")
 
-    monkeypatch.setattr(building, "run_job", fail)
+    monkeypatch.setattr(plan_engine, "run_job", fail)
     with pytest.raises(BackendError, match=r"^no$"):
-        building.build(opened.path, compute_capability="8.9")
+        built_plans(opened.path, compute_capability="8.9")
     assert {path.name: path.read_bytes() for path in opened.path.iterdir()} == before
 
 
@@ -162,7 +162,7 @@ def test_a_bundle_that_cannot_be_written_to_is_left_alone(tmp_path: Path, monkey
     opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
     monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     with pytest.raises(BackendError, match=r"cannot be written into .*: Permission denied\."):
-        building.build(opened.path, compute_capability="8.9")
+        built_plans(opened.path, compute_capability="8.9")
 
 
 def test_an_engine_that_cannot_be_listed_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(tmp_path: Path, moment: 
     assert all(path.name.startswith(".tensorrt-rtx-") for path in engines.iterdir())
     assert read_bundle(opened.path, verify=True).manifest.engines == {}
     with kernels_compiled():
-        built = building.build(opened.path, compute_capability="8.9", plugins="none")
+        built = built_plans(opened.path, compute_capability="8.9", plugins="none")
     assert [path.name for path in engines.iterdir()] == [built.info.name], "what the killed one left is gone"
     assert list(read_bundle(opened.path).manifest.engines) == [built.info.name]
 
@@ -249,7 +249,7 @@ def test_an_engine_has_one_name_however_its_plugins_are_asked_for(tmp_path: Path
     opened = bundle_of("window", tmp_path / "bundle", max_batch=1)
     with kernels_compiled():
         built = [
-            building.build(opened.path, compute_capability="8.9", plugins=asked).folder
+            built_plans(opened.path, compute_capability="8.9", plugins=asked).folder
             for asked in (None, "all", "PackedRollingAttention")
         ]
     assert len(set(built)) == 1

@@ -10,8 +10,9 @@ import pytest
 from benchmarks.engine_build import LARGEST_PEAK, LARGEST_PLAN, ONE_BILLION
 from benchmarks.sparse_checkpoints import shape_of, write_sparse
 from exporter import export
-from exporter.build.build import BuiltEngine, build
+from exporter.build.plan_engine import BuiltEngine
 from runtime.engine_info import DECODE, PREFILL
+from tests.support.engines import built_plans
 
 LAYERS = ONE_BILLION["num_hidden_layers"]
 
@@ -22,7 +23,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> BuiltEngine:
     checkpoint = write_sparse(folder / "checkpoint", ONE_BILLION, shard_bytes=None)
     assert shape_of(ONE_BILLION).stored_bytes > 2e9
     bundle = export(checkpoint, folder / "bundle", hashes=False, prove=False)
-    return build(bundle, compute_capability="8.9")
+    return built_plans(bundle, compute_capability="8.9")
 
 
 def test_plans_without_weights_are_small_and_built_in_little_memory(built: BuiltEngine) -> None:

@@ -269,15 +269,15 @@ def test_validate_exits_with_the_verdict(
     text = tmp_path / "text"
     text.touch()
     arguments = ["--backend", "abacus", "--engine", "one", "--seed", "3", "--verify", "--weights-folder", str(tmp_path)]
-    arguments += ["--text", str(text), "--max-kl", "0.25"]
+    arguments += ["--text", str(text), "--max-kl", "0.25", "--suite", "quick", "--no-receipt"]
     result = run("validate", tmp_path, *arguments, *(["--json"] if as_json else []))
     assert result.exit_code == exit_code
     options = {"backend": "abacus", "engine": "one", "seed": 3, "verify": True, "weights_folder": tmp_path}
-    options |= {"progress": None, "text": text, "max_kl": 0.25}
+    options |= {"progress": None, "text": text, "max_kl": 0.25, "suite": "quick"}
     assert seen == [tmp_path, None, options]
     assert "has no hash of model.safetensors, so only the size was compared" in result.stderr
     if as_json:
-        assert json.loads(result.stdout) == {"passed": passed}
+        assert json.loads(result.stdout) == {"passed": passed, "receipt": None}
     else:
         assert result.stdout == f"passed: {passed}\n"
 

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
+from exporter.build.plan_tables import draw
 from exporter.cli import cli
-from exporter.cli_build import draw
 from exporter.inspect import inspect_path
 from runtime.bundle import read_bundle
 from runtime.engine_info import DECODE, PREFILL

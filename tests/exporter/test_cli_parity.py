@@ -45,7 +45,7 @@ def shared_traces() -> Iterator[None]:
 
 def test_layers_of_a_right_bundle(right: Exported, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    result = run("validate", right.bundle, "--layers", "--report", page)
+    result = run("validate", right.bundle, "--layers", "--report", page, "--no-receipt")
     assert result.exit_code == 0, result.output
     assert "Parity holds" in result.stdout
     assert "Every module agrees: 43 compared" in result.stdout
@@ -61,7 +61,7 @@ def assert_self_contained(text: str) -> None:
     assert "prefers-color-scheme: dark" in text
     assert text.count("<svg") == text.count("</svg>") >= 1
     assert text.count('class="label"') == 2 * text.count("<svg")
-    assert text.count('class="allowed"') == text.count("<svg")
+    assert text.count('role="img" aria-label="') == text.count("<svg")
 
 
 def test_layers_of_a_wrong_bundle(right: Exported, wrong: Path, tmp_path: Path) -> None:
@@ -75,12 +75,12 @@ def test_layers_of_a_wrong_bundle(right: Exported, wrong: Path, tmp_path: Path) 
     text = page.read_text(encoding="utf-8")
     assert_self_contained(text)
     assert "The first module off is layers.1.self_attn.o_proj." in text
-    assert '<circle class="off"' in text
+    assert '<path class="bad"' in text
 
 
 def test_a_report_without_layers(right: Exported, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    result = run("validate", right.bundle, "--report", page, "--json")
+    result = run("validate", right.bundle, "--report", page, "--json", "--no-receipt")
     assert result.exit_code == 0
     assert "layers" not in json.loads(result.stdout)
     text = page.read_text(encoding="utf-8")

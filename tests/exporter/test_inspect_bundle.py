@@ -127,6 +127,7 @@ def test_a_bundle_says_which_of_its_nodes_run_natively(tmp_path: Path, monkeypat
         "isa": "avx2",
         "native": {"RMSNorm": 2},
         "bodies": {"NoKernelHasThis": 1},
+        "standard": {"Add": 1, "RMSNorm": 1},
         "reason": None,
     }
     text = " ".join(drawn(inspect_path(folder)).split())

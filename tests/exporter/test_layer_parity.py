@@ -17,7 +17,7 @@ import torch
 
 from exporter.layer_parity import compare_layers
 from exporter.layer_report import LayerReport, ModuleParity
-from exporter.svg_plot import Mark, error_plot
+from exporter.report_html.plots import Mark, error_plot
 from exporter.taps import SCOPES, modules_of
 from reference.oracle import Oracle
 from reference.parity import budget
@@ -199,17 +199,17 @@ def test_the_plot_is_well_formed_and_shows_every_mark() -> None:
         Mark(1.0, 2e-7, 1e-6, "right", True),
         Mark(2.0, float("inf"), 2e-6, "wrong", False),
     ]
-    svg = ElementTree.fromstring(
-        error_plot(marks, [(0.0, "a"), (0.001, "too near"), (2.0, "b")], x_label="depth", y_label="error", title="t")
-    )
-    circles = svg.findall("circle")
-    assert [circle.get("class") for circle in circles] == ["within", "within", "off"]
-    assert [circle.findtext("title") for circle in circles] == ["exact <&>", "right", "wrong"]
-    heights = [float(circle.get("cy", "nan")) for circle in circles]
-    assert heights[0] > heights[1] > heights[2] >= 0  # up is larger, infinity at the top
-    texts = ["".join(text.itertext()) for text in svg.findall("text")]
-    assert {"depth", "error", "budget", "a", "b", "10−7"} <= set(texts)
-    assert "too near" not in texts
+    ticks = [(0.0, "a"), (0.001, "too near"), (2.0, "b")]
+    figure = ElementTree.fromstring(error_plot(marks, ticks, x_label="depth", y_label="error", title="t"))
+    wide, narrow = figure.findall("svg")
+    dots, crosses = wide.findall("circle"), [path for path in wide.findall("path") if path.get("class") == "bad"]
+    assert [mark.findtext("title") for mark in (*dots, *crosses)] == ["exact <&>", "right", "wrong"]
+    heights = [float(dot.get("cy", "nan")) for dot in dots]
+    assert heights[0] > heights[1] > float(crosses[0].get("d", "M nan").split()[1].split("l")[0]) >= 0  # up is larger
+    for svg in (wide, narrow):
+        texts = ["".join(text.itertext()) for text in svg.findall("text")]
+        assert {"depth", "error", "budget", "a", "b", "10−7"} <= set(texts)
+        assert "too near" not in texts
 
 
 def test_a_share_of_an_empty_budget_is_none_or_infinite() -> None:

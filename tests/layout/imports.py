@@ -28,12 +28,15 @@ ALLOWED: dict[str, frozenset[str]] = {
     ),
 }
 EVERYBODY = frozenset({"runtime.errors", "runtime.json_files"})
-# Two files may use what the others may not: the second front end's only touch with the package that it traces, which
-# is an optional extra; and what trains the demo's checkpoints and writes them in the customary layout, which is kept as
-# the record of how they were made.
+# Four files may use what the others may not: the second front end's only touch with the package that it traces, which
+# is an optional extra; what trains the demo's checkpoints and writes them in the customary layout, which is kept as the
+# record of how they were made; the plugin that pytest loads; and what makes and checks signatures, with an optional
+# extra too.
 EXTRA: dict[str, frozenset[str]] = {
     "exporter/frontends/transformers_model.py": frozenset({"transformers"}),
     "exporter/demo_data/train.py": frozenset({"transformers"}),
+    "exporter/pytest_plugin.py": frozenset({"pytest"}),
+    "runtime/signing.py": frozenset({"cryptography"}),
 }
 
 

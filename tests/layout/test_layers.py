@@ -43,6 +43,7 @@ def test_the_check_sees_all_four_packages() -> None:
         ("graph_passes/fuse/rope.py", "import reference"),
         ("graph_passes/fuse/rope.py", "from ..ops import x\nfrom exporter import plan"),
         ("exporter/trace.py", "from transformers import AutoModel"),
+        ("runtime/session.py", "def f():\n    import cryptography"),
         ("reference/model.py", "from tests.support import x"),
     ],
 )

@@ -1,0 +1,1 @@
+"""The parts of the page that `exporter.html_report` puts together: style, tables, plots and sections."""
