@@ -20,7 +20,7 @@ from tests.gpu.findings import Notebook, Timing
 Step = Callable[[], Any]
 Timed = Callable[[int], list[float]]
 """Runs something so many times; microseconds of each."""
-COPY, MATMUL = "device copy, GB/s", "bf16 matmul, TFLOP/s"
+COPY, READ, MATMUL = "device copy, GB/s", "device read (torch's sum), GB/s", "bf16 matmul, TFLOP/s"
 """Facts that speeds are shares of."""
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from runtime.bundle import Bundle, read_bundle
 from runtime.engine_info import ENGINES_FOLDER
 from runtime.errors import BackendError
-from runtime.session import Session, load
+from runtime.loading import load
+from runtime.session import Session
 from runtime.tensorrt.flavor import Flavor
 from tests.gpu.findings import Notebook, told
 from tests.gpu.plugin_checks import installed_flavors

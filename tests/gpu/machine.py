@@ -6,6 +6,8 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from runtime.errors import BackendError
@@ -14,7 +16,7 @@ from runtime.tensorrt.flavor import FLAVORS
 
 _DISTRIBUTIONS = (
     *("numpy", "ml-dtypes", "torch", "cupy-cuda13x", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc", "onnx"),
-    *("onnxruntime", "polygraphy"),
+    *("onnxruntime", "onnxruntime-gpu", "transformers", "polygraphy"),
 )
 
 
@@ -52,6 +54,15 @@ def describe_machine(compute_capability: tuple[int, int]) -> dict[str, Any]:
     named = (*_DISTRIBUTIONS, *sorted(name for name in libraries if name.startswith(FLAVORS[0])))
     described |= {name: version for name in named if (version := _version(name)) is not None}
     return {**described, "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
+
+
+def library_folders(path: Iterable[str]) -> list[str]:
+    """Folders of NVIDIA's Python packages with libraries, under the entries of a Python path.
+
+    onnxruntime-gpu looks for them beside itself only, and here it lies in a folder of its own, away from torch's.
+    """
+    found = (folder for entry in path for folder in sorted((Path(entry) / "nvidia").glob("*/lib")))
+    return list(dict.fromkeys(str(folder) for folder in found if folder.is_dir()))
 
 
 def processes_at_once() -> bool:

@@ -19,7 +19,8 @@ from tests.kernels.cuda.rolling_cases import RollingCase
 
 Item = TypeVar("Item")
 KERNELS, SPEED, PLUGINS, ENGINE = "kernels", "speed", "plugins", "engine"
-SECTIONS = (KERNELS, SPEED, PLUGINS, ENGINE)
+ONNXRUNTIME = "onnxruntime"
+SECTIONS = (KERNELS, SPEED, PLUGINS, ENGINE, ONNXRUNTIME)
 GRAPH_STEPS = 100
 
 
@@ -27,7 +28,8 @@ GRAPH_STEPS = 100
 class Task:
     """What a part is told. share, shares: which of so many processes this is, where a part has several.
 
-    bundles: the folder that prepare.py made, if one was brought.
+    bundles: the folder that prepare.py made, if one was brought. work: a folder that the parts of a run share.
+    rehearsal: whether there is no GPU, and what would be measured on one is gone through on small sizes.
     """
 
     book: Notebook
@@ -36,6 +38,8 @@ class Task:
     share: int = 0
     shares: int = 1
     bundles: Path | None = None
+    work: Path | None = None
+    rehearsal: bool = False
 
     def own(self, items: Iterable[Item]) -> Iterator[Item]:
         """Those of this process."""
@@ -131,6 +135,15 @@ def _engine(task: Task) -> None:
     check_engines(task.book, task.bundles, task.compute_capability)
 
 
+def _onnxruntime(name: str) -> Callable[[Task], None]:
+    def run(task: Task) -> None:
+        from tests.gpu.ort_parts import run_part
+
+        run_part(name, task)
+
+    return run
+
+
 PARTS = (
     Part("every kernel", KERNELS, _every_kernel, 110, 45, shares=3),
     Part("decode", KERNELS, _decode, 110, 30, shares=4),
@@ -146,6 +159,11 @@ PARTS = (
     Part("sampling speed", SPEED, _speed("sampling speed"), 40, 10),
     Part("plugins", PLUGINS, _plugins, 40, 20),
     Part("engine", ENGINE, _engine, 90, 30),
+    Part("onnxruntime twins", ONNXRUNTIME, _onnxruntime("twins"), 110, 60),
+    Part("onnxruntime ceilings", ONNXRUNTIME, _onnxruntime("ceilings"), 30, 15),
+    Part("onnxruntime dense", ONNXRUNTIME, _onnxruntime("dense"), 130, 90),
+    Part("onnxruntime beside transformers", ONNXRUNTIME, _onnxruntime("rival"), 170, 120),
+    Part("onnxruntime mixture", ONNXRUNTIME, _onnxruntime("mixture"), 150, 90),
 )
 
 

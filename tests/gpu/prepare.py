@@ -1,8 +1,9 @@
 """Makes the bundles that the engine checks need, on a machine without a GPU: `python -m tests.gpu.prepare FOLDER`.
 
-Each model is a tiny twin of a family: FOLDER/NAME is its bundle, with engines for the compute capabilities asked for
-where a library builds those here, and FOLDER/NAME.npz holds token ids and their logits by the reference in float64.
-All together are some 40 megabytes, most of them engines', to be carried to a machine with a GPU.
+For TensorRT each model is a tiny twin of a family: FOLDER/NAME is its bundle, with engines for the compute capabilities
+asked for where a library builds those here, and FOLDER/NAME.npz holds token ids and their logits by the reference in
+float64. All together are some 40 megabytes, most of them engines', to be carried to a machine with a GPU. What is made
+for onnxruntime-cuda lies in FOLDER/onnxruntime (ort_models.py), in some 16 megabytes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from typing import Any
 
 from exporter.build.build import build
 from runtime.errors import BackendError
+from tests.gpu.engine_checks import BACKEND as TENSORRT
 from tests.gpu.engine_checks import REFERENCE, Reference, write_reference
+from tests.gpu.ort_models import BACKEND as ONNXRUNTIME
+from tests.gpu.ort_prepare import prepare_onnxruntime
 from tests.support.bundles import Exported, exported
 from tests.support.parity import Judge, random_rows, uneven_feeds
 
+BACKENDS = (TENSORRT, ONNXRUNTIME)
 CHUNK, CONTEXT, SINGLE_TOKENS = 16, 256, 14
 LENGTHS, _TEXTS = (40, 25), 6
 """Tokens of the two rows before their last ones come one by one; windows are shorter."""
@@ -71,8 +76,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--compute-capability", action="append", default=None, metavar="8.9", help=help_text)
     help_text = "to make; several may be given, and all are by default"
     parser.add_argument("--model", action="append", default=None, choices=tuple(MODELS), help=help_text)
+    help_text = "whose engines are made; several may be given, and all are by default"
+    parser.add_argument("--backend", action="append", default=None, choices=BACKENDS, help=help_text)
     given = parser.parse_args(arguments)
-    prepare(given.folder, given.compute_capability or ["8.9"], given.model or tuple(MODELS))
+    backends = given.backend or BACKENDS
+    if TENSORRT in backends:
+        prepare(given.folder, given.compute_capability or ["8.9"], given.model or tuple(MODELS))
+    if ONNXRUNTIME in backends:
+        prepare_onnxruntime(given.folder)
     return 0
 
 

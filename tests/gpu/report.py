@@ -1,4 +1,4 @@
-"""The report: gpu.md for people, gpu.json with every finding."""
+"""The report: Markdown for people, and JSON with every finding."""
 
 from __future__ import annotations
 
@@ -11,22 +11,48 @@ from typing import Any
 from tests.gpu.findings import Check, Fact, Finding, Skip, Timing
 
 NAME = "gpu"
+ALONE = {"onnxruntime": "onnxruntime_cuda"}
+"""Reports of sections that are mostly run alone, and are not to replace the one of the others."""
+TITLES = {NAME: "Kernels, plugins and engines on a GPU", "onnxruntime_cuda": "ONNX Runtime engines on a GPU"}
 HELD, FAILED, NO_GPU, PARTLY = 0, 1, 2, 3
 """Exit codes: all that was asked for held; something did not; there is no GPU; nothing failed, but not all was done."""
+
+METHODS = {
+    NAME: (
+        "Errors are shares of the budget in `tests/support/kernel_budgets.py`, against the definition in float64 on "
+        "the same stored inputs. Times are medians of CUDA graphs between CUDA events, warmed up, on random inputs "
+        "that are larger than the L2 cache or rotated. Bandwidths count each byte that must be read or written once."
+    ),
+    "onnxruntime_cuda": (
+        "Errors are shares of the budget in `reference/parity.py`, against the reference in float64 and transformers "
+        "in float32. A token's time is the median as the session's caller sees it, on the host; so is a prompt's. The "
+        "bytes of a token are its weights, once each, and the keys and values that it sees. Weights are random numbers "
+        "made on the machine. transformers runs the same weights in the same run; of its rounds the fastest counts."
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All of one run. machine: what it ran on. asked: the sections, in words. seconds: that it took."""
+    """All of one run. machine: what it ran on. asked: the sections, in words. seconds: that it took.
+
+    name: of the report's files.
+    """
 
     machine: Mapping[str, Any]
     asked: str
     seed: int
     seconds: float
     findings: Sequence[Finding]
+    name: str = NAME
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [finding for finding in self.findings if isinstance(finding, kind)]
+
+
+def report_name(sections: Sequence[str]) -> str:
+    """Of the files of a report on these sections."""
+    return ALONE.get(sections[0], NAME) if len(sections) == 1 else NAME
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
@@ -54,7 +80,7 @@ def verdict(run: Run) -> str:
 
 
 def write_report(run: Run, folder: Path) -> Path:
-    """Write gpu.md and gpu.json into the folder; returns the path of gpu.md."""
+    """Write both files into the folder; returns the path of the one in Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": dict(run.machine),
@@ -68,8 +94,8 @@ def write_report(run: Run, folder: Path) -> Path:
         "facts": {fact.name: fact.value for fact in run.of(Fact)},
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, default=str)
-    (folder / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
-    path = folder / f"{NAME}.md"
+    (folder / f"{run.name}.json").write_text(text + "\n", encoding="utf-8")
+    path = folder / f"{run.name}.md"
     path.write_text(markdown(run) + "\n", encoding="utf-8")
     return path
 
@@ -83,15 +109,13 @@ def markdown(run: Run) -> str:
     """The report as Markdown."""
     machine = "; ".join(f"{name} {value}" for name, value in run.machine.items())
     lines = [
-        "# Kernels, plugins and engines on a GPU",
+        f"# {TITLES[run.name]}",
         "",
         f"{machine}.",
         "",
         f"Asked for: {run.asked}. Seed {run.seed}. {run.seconds:.0f} s. **{verdict(run)}**",
         "",
-        "Errors are shares of the budget in `tests/support/kernel_budgets.py`, against the definition in float64 on "
-        "the same stored inputs. Times are medians of CUDA graphs between CUDA events, warmed up, on random inputs "
-        "that are larger than the L2 cache or rotated. Bandwidths count each byte that must be read or written once.",
+        METHODS[run.name],
     ]
     if facts := run.of(Fact):
         lines += ["", "## Measured first, and what was found", "", *_table([_fact(fact) for fact in facts])]

@@ -1,10 +1,11 @@
 """One script, one call, no network: what can only be shown on a machine with an NVIDIA GPU.
 
-    python -m tests.gpu [--out FOLDER] [--quick] [--only kernels|speed|plugins|engine] [--bundle FOLDER] [--seed N]
+    python -m tests.gpu [--out FOLDER] [--quick] [--only SECTION ...] [--bundle FOLDER] [--seed N]
 
-Needs Python 3.11, numpy, ml_dtypes, cuda-core, cuda-bindings and NVRTC; torch for speed; a TensorRT library for plugins
-and engines, and for the latter bundles that `python -m tests.gpu.prepare FOLDER` made elsewhere. What is not there is
-said, and left out.
+Sections: kernels, speed, plugins, engine, onnxruntime. Needs Python 3.11, numpy, ml_dtypes, cuda-core, cuda-bindings
+and NVRTC; torch for speed; a TensorRT library for plugins and engines, onnxruntime-gpu for onnxruntime (wheels.py
+brings packages to where there is no network), and for the last two bundles that `python -m tests.gpu.prepare FOLDER`
+made elsewhere. What is not there is said, and left out.
 
 Exit codes: 0 all held, 1 something did not, 2 there is no GPU, 3 nothing failed but part of what was asked for could
 not be done. A target for speed that was missed is in the report and changes nothing.
@@ -15,13 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,15 +43,16 @@ from tests.gpu.findings import (
     told,
     write_finding,
 )
-from tests.gpu.machine import describe_machine, find_gpu, processes_at_once
+from tests.gpu.machine import describe_machine, find_gpu, library_folders, processes_at_once
+from tests.gpu.ort_weights import work_folder
 from tests.gpu.parts import KERNELS, PARTS, SECTIONS, Part, Task, missing_kernels
-from tests.gpu.report import NO_GPU, Run, exit_code, verdict, write_report
+from tests.gpu.report import NO_GPU, Run, exit_code, report_name, verdict, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-WHOLE_SECONDS, QUICK_SECONDS = 470, 115
-_KERNELS_SHARE = 0.4
-"""Of the whole time, at most, if something comes after them."""
+WHOLE_SECONDS, QUICK_SECONDS = 515, 115
+SHARES = {"kernels": 0.25, "speed": 0.15, "plugins": 0.05, "engine": 0.1, "onnxruntime": 0.45}
+"""Of the whole time: a section may last until those of the sections up to it, among the ones asked for, are over."""
 _GRACE = 25
 """Seconds that a part may go on after its time, to finish what it is at."""
 
@@ -58,27 +61,36 @@ _GRACE = 25
 class Options:
     out: Path
     quick: bool
-    only: str | None
+    only: tuple[str, ...]
     bundle: Path | None
     seed: int
+    work: Path | None = None
+    rehearsal: bool = False
 
     @property
     def sections(self) -> tuple[str, ...]:
-        return SECTIONS if self.only is None else (self.only,)
+        return tuple(section for section in SECTIONS if not self.only or section in self.only)
+
+    def until(self, section: str) -> float:
+        """The share of the whole time after which the section is over."""
+        shares = [SHARES[each] for each in self.sections]
+        return sum(shares[: self.sections.index(section) + 1]) / sum(shares)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; options of the script's own processes are not shown."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where gpu.md and gpu.json go")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the report goes, as .md and .json")
     parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions; under two minutes")
-    parser.add_argument("--only", choices=SECTIONS, help="one section alone")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=[], help="these sections alone")
     parser.add_argument("--bundle", type=Path, help="a folder that `python -m tests.gpu.prepare` made")
     parser.add_argument("--seed", type=int, help="of all random numbers; by default the time")
     for name in ("--part", "--findings", "--capability"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--passed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rehearsal", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -86,9 +98,11 @@ def main(arguments: Sequence[str]) -> int:
     """Run the script; returns its exit code."""
     given = parse(arguments)
     seed = int(time.time()) if given.seed is None else given.seed
-    options = Options(given.out, given.quick, given.only, given.bundle, seed)
+    options = Options(given.out, given.quick, tuple(given.only), given.bundle, seed, given.work, given.rehearsal)
     if given.part is not None:
         return _child(options, given)
+    if options.rehearsal:
+        return _run(options, (9, 0))
     try:
         capability = find_gpu()
     except BackendError as error:
@@ -98,25 +112,34 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: Options, capability: tuple[int, int]) -> int:
+    work = work_folder()
+    try:
+        return _sections(replace(options, work=work), capability)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sections(options: Options, capability: tuple[int, int]) -> int:
     begun = time.monotonic()
-    machine = describe_machine(capability)
+    machine = {"rehearsal": "without a GPU"} if options.rehearsal else describe_machine(capability)
     asked = ", ".join(options.sections) + (", quickly" if options.quick else "")
     print("; ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"seed {options.seed}: {asked}", flush=True)
     findings: list[Finding] = []
-    end = begun + (QUICK_SECONDS if options.quick else WHOLE_SECONDS)
+    seconds = QUICK_SECONDS if options.quick else WHOLE_SECONDS
 
     def report() -> Run:
-        run = Run(machine, asked, options.seed, time.monotonic() - begun, tuple(findings))
+        run = Run(
+            machine, asked, options.seed, time.monotonic() - begun, tuple(findings), report_name(options.sections)
+        )
         write_report(run, options.out)
         return run
 
     for section in options.sections:
         parts = [part for part in PARTS if part.section == section]
+        end = begun + seconds * options.until(section)
         if section == KERNELS:
-            others = len(options.sections) > 1
-            share = min(end, begun + _KERNELS_SHARE * (end - begun)) if others else end
-            findings += _together(parts, options, capability, share)
+            findings += _together(parts, options, capability, end)
             findings.append(_coverage(capability, findings))
         else:
             for part in parts:
@@ -124,7 +147,7 @@ def _run(options: Options, capability: tuple[int, int]) -> int:
         report()  # what is known so far outlives whatever ends this process
     run = report()
     print(_last_words(run))
-    print(f"{options.out / 'gpu.md'} has it all.")
+    print(f"{options.out / run.name}.md has it all.")
     return exit_code(findings)
 
 
@@ -184,6 +207,8 @@ def _spawned(
             command += ["--seconds", f"{seconds:.1f}", "--seed", str(options.seed), "--passed", str(passed)]
             command += ["--capability", ".".join(map(str, capability)), *(["--quick"] if options.quick else [])]
             command += [] if options.bundle is None else ["--bundle", str(options.bundle.resolve())]
+            command += [] if options.work is None else ["--work", str(options.work)]
+            command += ["--rehearsal"] if options.rehearsal else []
             how = _ended(command, seconds + _GRACE)
             found += read_findings(path.read_text(encoding="utf-8"))[len(facts) :]
             number, name = _reached(path)
@@ -234,7 +259,9 @@ def _environment() -> dict[str, str]:
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     # Compiled kernels: in a folder that can be written to, wherever this runs.
     kept = {"CIERZO_CACHE": str(Path(tempfile.gettempdir()) / f"cierzo-gpu-checks-{os.getuid()}")}
-    return {**kept, **os.environ, **threads, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    libraries = [*filter(None, [os.environ.get("LD_LIBRARY_PATH")]), *library_folders(sys.path)]
+    found = {"LD_LIBRARY_PATH": os.pathsep.join(libraries)} if libraries else {}
+    return {**kept, **os.environ, **threads, **found, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def _child(options: Options, given: argparse.Namespace) -> int:
@@ -253,7 +280,9 @@ def _child(options: Options, given: argparse.Namespace) -> int:
         known=known,
         passed=given.passed,
     )
-    task = Task(book, options.quick, (major, minor), int(share), part.shares, options.bundle)
+    capability = (major, minor)
+    shares, bundles = (int(share), part.shares), options.bundle
+    task = Task(book, options.quick, capability, *shares, bundles, options.work, options.rehearsal)
     try:
         part.run(task)
     except OutOfTimeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tests.gpu.bench import COPY, MATMUL, Bench
+from tests.gpu.bench import COPY, MATMUL, READ, Bench
 
 SECTION = "ceilings"
 
@@ -31,7 +31,7 @@ def _read(bench: Bench) -> None:
     count = 1 << (16 if bench.small else 30)
     parts = [bench.random(count // 4, dtype="float32") for _ in range(2)]
     taken = bench.clock.median([partial(part.sum) for part in parts])
-    bench.book.fact("device read (torch's sum), GB/s", count / taken / 1e3)
+    bench.book.fact(READ, count / taken / 1e3)
 
 
 def _matmul(bench: Bench) -> None:
