@@ -1,4 +1,4 @@
-"""Which plugin nodes a graph has, read from its file without an ONNX library.
+"""Which nodes a graph has, read from its file without an ONNX library.
 
 An ONNX file is a protocol buffer: fields, each a tag (number · 8 + wire type) and a value. Four fields on two levels
 say what the nodes are: ModelProto.graph 7, GraphProto.node 1, NodeProto.op_type 4 and NodeProto.domain 7 (onnx.proto).
@@ -27,7 +27,12 @@ def plugin_ops(file: Path) -> Mapping[str, int]:
 
     Nodes of function bodies do not count. Raises BundleError for a file that is missing or no protocol buffer.
     """
-    found: Counter[str] = Counter()
+    return {op: count for (domain, op), count in all_ops(file).items() if domain == PLUGIN_DOMAIN}
+
+
+def all_ops(file: Path) -> Mapping[tuple[str, str], int]:
+    """As `plugin_ops`, of all ops, by domain ("" for ONNX's own) and name."""
+    found: Counter[tuple[str, str]] = Counter()
     try:
         with file.open("rb") as stream:
             if not stream.seek(0, 2):
@@ -35,8 +40,7 @@ def plugin_ops(file: Path) -> Mapping[str, int]:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 for begin, end in _fields(content, 0, len(content), _GRAPH):
                     for node in _fields(content, begin, end, _NODE):
-                        if _text(content, node, _DOMAIN) == PLUGIN_DOMAIN:
-                            found[_text(content, node, _OP_TYPE)] += 1
+                        found[_text(content, node, _DOMAIN), _text(content, node, _OP_TYPE)] += 1
     except (OSError, ValueError, IndexError) as error:
         raise BundleError(f"{file} is not a readable ONNX graph ({error}). Export the checkpoint again.") from error
     return found

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from runtime import Session, load
 from runtime.backends.onnxruntime import OnnxRuntimeEngine
 from runtime.rolling_kv import kv_bytes
-from tests.support.toy_bundle import ToyModel, write_toy_bundle
-
-TOLERANCE = 2e-5  # of logits of the order of 10, in float32
+from tests.support.toy_bundle import TOLERANCE, ToyModel, write_toy_bundle
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

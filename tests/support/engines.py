@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from exporter.build import build as building
+from exporter.build import plan_engine
 from exporter.build.kernels import HOST, PLUGIN, PRODUCT, KernelCall
 from runtime.bundle import Bundle, read_bundle
 from runtime.engine_info import EngineInfo
@@ -54,7 +55,7 @@ _built: dict[str, Engine] = {}
 class Engine:
     """A built engine. compiled: the CUDA kernels that its plugins launch."""
 
-    built: building.BuiltEngine
+    built: plan_engine.BuiltEngine
     kernels: Mapping[str, tuple[KernelCall, ...]]
     compiled: tuple[Kernel, ...]
 
@@ -72,6 +73,13 @@ class Engine:
             yield from ((name, index) for index in range(len(plan.profiles)))
 
 
+def built_plans(bundle: Path, **options: Any) -> plan_engine.BuiltEngine:
+    """`build` for the backend tensorrt."""
+    built = building.build(bundle, **options)
+    assert isinstance(built, plan_engine.BuiltEngine)
+    return built
+
+
 def bundle_of(model: str, folder: Path, *, max_batch: int = ROWS, **more: Any) -> Bundle:
     """A bundle of MODELS in `folder`, its own to be written into."""
     source = exported(chunk=CHUNK, max_batch=max_batch, **{**MODELS[model], **more}).bundle
@@ -85,7 +93,7 @@ def engine(model: str, *, compute_capability: str = "8.9", max_batch: int = ROWS
     if key not in _built:
         bundle = bundle_of(model, Path(_folder.name) / str(len(_built)), max_batch=max_batch)
         with kernels_compiled() as compiled:
-            built = building.build(bundle.path, compute_capability=compute_capability, **options)
+            built = built_plans(bundle.path, compute_capability=compute_capability, **options)
         _built[key] = Engine(built, read_kernel_lists(built.folder), tuple(compiled))
     return _built[key]
 
@@ -94,13 +102,13 @@ def engine(model: str, *, compute_capability: str = "8.9", max_batch: int = ROWS
 def kernels_compiled() -> Iterator[list[Kernel]]:
     """Within this block a build compiles no CUDA kernels but lists them: their compiler has tests of its own."""
     compiled: list[Kernel] = []
-    with mock.patch.object(building, "compile_kernel", lambda kernel, _: compiled.append(kernel)):
+    with mock.patch.object(plan_engine, "compile_kernel", lambda kernel, _: compiled.append(kernel)):
         yield compiled
 
 
 def read_kernel_lists(folder: Path) -> dict[str, tuple[KernelCall, ...]]:
     """kernels.json of an engine, by plan."""
-    document = json.loads((folder / building.KERNELS_FILE).read_text(encoding="utf-8"))
+    document = json.loads((folder / plan_engine.KERNELS_FILE).read_text(encoding="utf-8"))
     return {plan: tuple(map(_call, lists["kernels"])) for plan, lists in document.items()}
 
 

@@ -61,6 +61,8 @@ def with_weights(graph: LoweredGraph, bundle: Bundle) -> onnx.ModelProto:
 class LoweredEngine:
     """An Engine (runtime/backends/base.py) around a lowered graph."""
 
+    built = None
+    device = "a double"
     kernels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     top = None

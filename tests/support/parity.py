@@ -133,7 +133,7 @@ class Judge:
         """
         logits = feed(session, uneven_feeds(rows, seed))
         assert all(np.isfinite(row).all() for row in logits)
-        lengths = self._decided(rows)
+        lengths = self.decided(rows)
         assert 2 * sum(lengths) >= sum(len(row) for row in rows), (lengths, "routers are undecided too early here")
         logits = [row[:length] for row, length in zip(logits, lengths, strict=True) if length]
         rows = [row[:length] for row, length in zip(rows, lengths, strict=True) if length]
@@ -141,7 +141,8 @@ class Judge:
         assert largest_error(truth, logits) <= allowed.allowed, (lengths, allowed)
         assert largest_error(self.transformers(rows), logits) <= allowed.allowed, (lengths, allowed)
 
-    def _decided(self, rows: Rows) -> list[int]:
+    def decided(self, rows: Rows) -> list[int]:
+        """How many tokens of each row can be compared: all, or those before a router is undecided."""
         if self._moe is None or self._arithmetic == "float32":
             return [len(row) for row in rows]
         return decided_lengths(self._oracle, rows, self._moe.top_k, ARITHMETIC[self._arithmetic], self._rounding)
