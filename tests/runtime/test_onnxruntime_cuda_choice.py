@@ -172,7 +172,7 @@ def test_only_windows_need_counts(folder: Path) -> None:
         (TOP, renamed, "elsewhere, logits"),
         (TOP, narrowed, r"logits in the graph top.onnx of the engine this is tensor\(float\) \['N', 40\]"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_graphs_of_another_interface_are_refused(folder: Path, kind: str, change: Any, words: str) -> None:
     info = changed(folder, kind, change)
