@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.validation_report import Check, Speed, ValidationReport, status_of
-from exporter.whole_file import write_whole
+from exporter.whole_file import BASELINE, write_whole
 from runtime.errors import InputError
 from runtime.json_files import read_json_object
 
@@ -77,7 +77,7 @@ def save_baseline(path: Path, report: ValidationReport) -> None:
         "versions": {**report.versions, "cierzo": _own_version()},
     }
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(path, text + "\n", "The baseline")
+    write_whole(path, text + "\n", BASELINE)
 
 
 def machine_of(report: ValidationReport) -> dict[str, Any]:
@@ -142,14 +142,19 @@ def compare_baseline(baseline: Baseline, report: ValidationReport, *, worse: flo
     worse: how many times the stored error a new one may be; slower: how many times the new speed the stored one.
     Raises InputError where the two runs did not do the same, so that nothing can be compared.
     """
-    ours = _same(report)
-    other = [f"{name} {baseline.same[name]} (here {ours[name]})" for name in _SAME if baseline.same[name] != ours[name]]
+    require_same(baseline, _same(report))
+    return (_errors(baseline, report, worse), _gone(baseline, report), _speed(baseline, report, slower))
+
+
+def require_same(baseline: Baseline, ours: Mapping[str, Any]) -> None:
+    """Raises InputError where the stored run has another suite, seed, backend, windows or chunk than `ours` names."""
+    stored = baseline.same
+    other = [f"{name} {stored[name]} (here {here})" for name, here in ours.items() if stored[name] != here]
     if other:
         raise InputError(
             f"The baseline is of another run: {', '.join(other)}. Run with the same options on the same model, or "
             "store a new baseline with --save-baseline."
         )
-    return (_errors(baseline, report, worse), _gone(baseline, report), _speed(baseline, report, slower))
 
 
 def _errors(baseline: Baseline, report: ValidationReport, worse: float) -> Check:

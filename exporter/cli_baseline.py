@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from exporter.cli_options import FiniteRange
+from exporter.whole_file import BASELINE, refuse_unwritable
+
 if TYPE_CHECKING:
     from exporter.baseline import Baseline
     from exporter.validation_report import ValidationReport
@@ -29,8 +32,22 @@ class BaselineOptions:
     worse: float
     slower: float
 
-    def judged(self, report: ValidationReport) -> ValidationReport:
+    def require(self, *, suite: str, seed: int, backend: str | None) -> None:
+        """Before the validation: raises InputError where the stored run cannot be compared with one of these options,
+        and ExportError where this one could not be stored.
+        """
+        if self.stored is not None:
+            from exporter.baseline import require_same
+            from runtime.backends import DEFAULT_BACKEND
+
+            require_same(self.stored, {"suite": suite, "seed": seed, "backend": backend or DEFAULT_BACKEND})
+        if self.save is not None:
+            refuse_unwritable(self.save, BASELINE)
+
+    def judged(self, report: ValidationReport, *, holds: bool) -> ValidationReport:
         """The report with the comparison among its checks, or as it is; stores it where that was asked for.
+
+        holds: whether parity does, the comparison by module included: what fails is not stored.
 
         Raises InputError where the stored run did something else, ExportError where this one cannot be stored.
         """
@@ -40,11 +57,12 @@ class BaselineOptions:
             rows = compare_baseline(self.stored, report, worse=self.worse, slower=self.slower)
             return replace(report, checks=(*report.checks, *rows))
         if self.save is not None:
-            if report.passed:
+            if holds and report.passed:
                 save_baseline(self.save, report)
                 click.echo(f"stored {self.save} as a baseline", err=True)
             else:
-                click.echo("cierzo: a run that does not pass is not stored as a baseline.", err=True)
+                kept = ", and the file keeps the run that it has" if self.save.exists() else ""
+                click.echo(f"cierzo: a run that does not pass is not stored as a baseline{kept}.", err=True)
         return report
 
 
@@ -76,7 +94,7 @@ def baseline_options(command: _Command) -> _Command:
 
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_FACTOR = click.FloatRange(min=1)
+_FACTOR = FiniteRange(min=1)
 _OPTIONS = (
     click.option("--baseline", type=_FILE, metavar="FILE", help="Fail when worse than the run that is stored there."),
     click.option("--save-baseline", type=_FILE, metavar="FILE", help="Store this run there, if it passes."),

@@ -10,6 +10,7 @@ from exporter.cli_baseline import BaselineOptions, baseline_options
 from exporter.cli_options import (
     EXISTING,
     FOLDER,
+    FiniteRange,
     backend_option,
     engine_option,
     json_option,
@@ -19,10 +20,13 @@ from exporter.cli_options import (
 from exporter.cli_receipt import ReceiptOptions, receipt_options
 from exporter.console import name_unverified, output, print_json, progress_bars
 from exporter.validation_report import SUITES
+from exporter.whole_file import JUNIT, REPORT, refuse_unwritable
 
 PARITY_FAILED = 1
 
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the token sequences.")
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the token sequences."
+)
 
 
 @click.command()
@@ -55,7 +59,7 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True, hel
 )
 @click.option(
     "--max-kl",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="Largest mean KL divergence (nats) of quantised weights.  [default: by their kind]",
 )
 @weights_folder_option
@@ -86,15 +90,19 @@ def validate(
     from exporter.validate import render
     from exporter.validate import validate as run
 
-    by_module = None
+    by_module, written = None, None
+    baseline.require(suite=suite, seed=seed, backend=backend)  # like all below, before the checks take their time
+    for file, what in ((report, REPORT), (junit, JUNIT)):
+        if file is not None:
+            refuse_unwritable(file, what)
     with progress_bars(quiet=as_json) as progress:
         if layers:
             from exporter.layer_parity import compare_layers
             from exporter.parity_tools import require_polygraphy
 
-            require_polygraphy()  # before the other checks take their time
+            require_polygraphy()
         receipts = receipt.prepare(bundle, weights_folder)
-        outcome = run(
+        measured = run(
             bundle,
             checkpoint,
             suite=suite,
@@ -109,28 +117,34 @@ def validate(
         )
         if layers:
             by_module = compare_layers(bundle, checkpoint, seed=seed, weights_folder=weights_folder, progress=progress)
-    measured, outcome = outcome, baseline.judged(outcome)
-    name_unverified(outcome.unverified)
-    if junit is not None:
-        from exporter.junit_report import write_junit
-
-        write_junit(junit, outcome, by_module)
-    if report is not None:
-        from exporter.html_report import write_html
-
-        write_html(report, outcome, by_module)
     modules_hold = by_module is None or by_module.passed
-    passed = outcome.passed and modules_hold
-    if not as_json:  # before the receipt, whose files may be refused
-        render(outcome, output())
-        if by_module is not None:
-            from exporter.layer_report import render_layers
+    holds = measured.passed and modules_hold
+    try:
+        outcome = baseline.judged(measured, holds=holds)
+        passed = outcome.passed and modules_hold
+        name_unverified(outcome.unverified)
+        if junit is not None:
+            from exporter.junit_report import write_junit
 
-            render_layers(by_module, output())
+            write_junit(junit, outcome, by_module)
         if report is not None:
-            click.echo(f"wrote {report}")
-    with progress_bars(quiet=as_json) as progress:
-        written = receipts.conclude(measured, holds=measured.passed and modules_hold, passed=passed, progress=progress)
+            from exporter.html_report import write_html
+
+            write_html(report, outcome, by_module)
+        if not as_json:  # before the receipt, whose files may be refused
+            render(outcome, output())
+            if by_module is not None:
+                from exporter.layer_report import render_layers
+
+                render_layers(by_module, output())
+            if report is not None:
+                click.echo(f"wrote {report}")
+    finally:
+        if not holds:  # what the receipts say is no longer so, whatever else cannot be read or written
+            written = receipts.conclude(measured, holds=False, passed=False)
+    if holds:
+        with progress_bars(quiet=as_json) as progress:
+            written = receipts.conclude(measured, holds=True, passed=passed, progress=progress)
     if as_json:
         extra = {} if by_module is None else {"passed": passed, "layers": by_module.to_json()}
         print_json(outcome.to_json() | extra | {"receipt": None if written is None else written.to_json()})

@@ -7,6 +7,7 @@ Figures of the run are the suite's properties, those of a check its output. The 
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 
 from exporter.layer_report import LayerReport
 from exporter.validation_report import Check, ValidationReport
-from exporter.whole_file import write_whole
+from exporter.whole_file import JUNIT, write_whole
 
 MODULES = "modules"
 """The case that stands for the comparison by module."""
@@ -25,7 +26,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 def write_junit(path: Path, report: ValidationReport, layers: LayerReport | None) -> None:
     """Write the report to `path`, whole or not at all. Raises ExportError when the file cannot be written."""
-    write_whole(path, junit(report, layers), "The JUnit report")
+    write_whole(path, junit(report, layers), JUNIT)
 
 
 def junit(report: ValidationReport, layers: LayerReport | None, at: datetime | None = None) -> str:
@@ -42,7 +43,7 @@ def junit(report: ValidationReport, layers: LayerReport | None, at: datetime | N
         failed = 1
     suite = _element(
         "testsuite",
-        name=f"cierzo validate {Path(report.bundle).name}",
+        name=f"cierzo validate {Path(os.path.abspath(report.bundle)).name}",
         tests=str(len(cases)),
         failures=str(failed),
         errors="0",

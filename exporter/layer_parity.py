@@ -101,7 +101,7 @@ def compare_graph(
     kept = min(len(row), max(1, held_bytes // max(sizes)))
     positions = np.unique(np.linspace(0, len(row) - 1, kept).astype(np.int64))
     groups = _grouped([size * len(positions) for size in sizes], held_bytes)
-    from exporter.layer_runners import EngineRunner, ReferenceRunner
+    from exporter.layer_runners import EngineRunner, ReferenceRunner, cut
 
     held = reference or quantized_reference(bundle)
     truth = ReferenceRunner(checkpoint, held, row, present, groups, positions, progress)
@@ -113,7 +113,8 @@ def compare_graph(
         rolling = RollingTaps(
             model, bundle.manifest, bundle.weights_folder, taps[group], in_place=in_place, native=True
         )
-        return _at_positions(rolling, steps, dict(zip(paths[group], taps[group], strict=True)), positions)
+        found = _at_positions(rolling, steps, dict(zip(paths[group], taps[group], strict=True)), positions)
+        return {path: cut(array, positions, truth.limits[path]) for path, array in found.items()}
 
     engine = EngineRunner(engine_outputs)
     modules: list[ModuleParity] = []
@@ -124,6 +125,7 @@ def compare_graph(
         missing=missing,
         tokens=len(row),
         compared_positions=len(positions),
+        decided=truth.decided,
         groups=len(groups),
         chunk=bundle.manifest.kv.chunk,
         windows=checkpoint.config.layer_windows,
@@ -143,6 +145,8 @@ def _compared(reference: Any, engine: Any, groups: int, progress: Progress | Non
         allowed = {path: module.allowed for path, module in budgets.items()}
         for path, (error, passed) in largest_differences(results, allowed).items():
             module = budgets[path]
+            if reference.limits[path] == 0:
+                continue  # behind a router that is undecided at the very first token
             yield ModuleParity(
                 path, depth_of(path), error, module.allowed, module.reference_error, module.largest_logit, passed
             )

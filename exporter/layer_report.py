@@ -39,6 +39,8 @@ class LayerReport:
 
     missing: modules of the reference that the graph does not name. tokens: length of the row that both sides read;
     compared_positions: how many of its positions were compared, fewer than `tokens` where memory said so.
+    decided: how many of its tokens come before the first one of which a router is undecided. From there on an engine
+        may have taken another expert and be no worse, so what is behind that router is not compared; None for all.
     """
 
     modules: tuple[ModuleParity, ...]
@@ -49,6 +51,7 @@ class LayerReport:
     chunk: int
     windows: tuple[int | None, ...]
     dtype: str
+    decided: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -71,6 +74,11 @@ class LayerReport:
         widest = max((window for window in self.windows if window is not None), default=None)
         windows = "full attention" if widest is None else f"{self.tokens / widest:.1f} windows of {widest}"
         text = f"One row of {self.tokens:,} tokens ({windows}) in steps of at most {self.chunk}."
+        if self.decided is not None and self.decided < self.tokens:
+            text += (
+                f" At token {self.decided:,} a router is undecided: from there on an engine may take another expert, "
+                "and what is behind that router is not compared."
+            )
         if self.capped:
             text += (
                 f" Outputs were compared at {self.compared_positions:,} positions spread evenly over the row, since "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
+from exporter.gate.routers import first_undecided
 from exporter.quantized_reference import QuantizedReference
 from reference.checkpoint import Checkpoint
 from reference.parity import Budget, budget
@@ -56,7 +57,9 @@ class ReferenceRunner(_GroupRunner):
     """The reference in float64. It runs in float32, rounding as the engine does, beside it: from that come `budgets`.
 
     The groups must be asked for in order, since the layers are streamed: nothing of an earlier one is left.
-    budgets: those of the group that was asked for last.
+    budgets: those of the group that was asked for last. limits: how many tokens each of its modules is compared at. In
+    a mixture that rounds, a module is compared before the first token of which a router in front of it is undecided
+    (`exporter.gate.routers`): from there on the engine may have taken another expert. decided: the last such limit.
     """
 
     def __init__(
@@ -76,12 +79,18 @@ class ReferenceRunner(_GroupRunner):
         self._stages, self._groups, self._positions = stages, groups, positions
         self._dtype, self._progress = quantized.rounding.kind, progress
         self.budgets: dict[str, Budget] = {}
+        self.limits: dict[str, int] = {}
+        self.decided = len(row)
+        moe = checkpoint.config.moe
+        self._top_k = moe.top_k if moe is not None and self._dtype != "float32" else None
 
     def outputs(self, group: int) -> Arrays:
         truth: Arrays = {}
-        self.budgets = {}
+        self.budgets, self.limits = {}, {}
         for stage in self._groups[group]:
-            wide, narrow = self._kept(self._truth, stage), self._kept(self._own, stage)
+            outputs = next(self._truth), next(self._own)
+            self._limit(stage, *outputs)
+            wide, narrow = (self._kept(side, stage) for side in outputs)
             for path, array in wide.items():
                 self.budgets[path] = budget([array], [narrow[path]], self._dtype)
             truth |= wide
@@ -89,6 +98,23 @@ class ReferenceRunner(_GroupRunner):
                 self._progress("reference by module", stage + 1, len(self._stages))
         return truth
 
-    def _kept(self, side: Iterator[Outputs], stage: int) -> Arrays:
-        outputs = next(side)
-        return {path: outputs[path].numpy()[self._positions] for path in self._stages[stage]}
+    def _limit(self, stage: int, truth: Outputs, own: Outputs) -> None:
+        before = self.decided
+        for path, logits_TE in truth.items():
+            if self._top_k is not None and path.endswith(".moe.router"):
+                rounded_TE = own[path].double().numpy()
+                self.decided = min(before, first_undecided(logits_TE.numpy(), rounded_TE, self._top_k))
+        for path in self._stages[stage]:
+            behind = path.endswith(".moe") or path.count(".") == 1  # a mixture's own output, and its layer's
+            self.limits[path] = self.decided if behind else before
+
+    def _kept(self, outputs: Outputs, stage: int) -> Arrays:
+        return {
+            path: cut(outputs[path].numpy()[self._positions], self._positions, self.limits[path])
+            for path in self._stages[stage]
+        }
+
+
+def cut(array: npt.NDArray[Any], positions: npt.NDArray[np.int64], limit: int) -> npt.NDArray[Any]:
+    """A module's output [positions, features] with zeros at positions from `limit` on, which are not compared."""
+    return np.where((positions < limit)[:, None], array, 0)

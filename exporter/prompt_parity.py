@@ -7,26 +7,25 @@ only where the truth itself is nearly undecided.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from exporter.whole_file import write_whole
+from exporter.golden_file import stored_golden, write_golden
 from runtime import load
 from runtime.errors import InputError, ParityError
-from runtime.json_files import read_json_object
+from runtime.json_files import brief
 
 if TYPE_CHECKING:
     from exporter.gate.truth import TruthRow
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
-GOLDEN_VERSION = 1
 NEAR_TIE = 2.0
 """Budgets: of two logits that are each off by one, the truth's lower one may come out on top."""
 
@@ -77,6 +76,7 @@ class PromptParity:
         self._session = load(bundle, backend=backend, engine=engine, weights_folder=weights_folder)
         self._checkpoint = checkpoint
         self._held: dict[tuple[tuple[int, ...], int], HeldPrompt] = {}
+        self._golden: dict[Path, tuple[tuple[int, ...], int]] = {}
 
     def check(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 32) -> tuple[HeldPrompt, ...]:
         """Hold the engine's logits on every prompt and on what it writes after it against the truth.
@@ -85,9 +85,12 @@ class PromptParity:
         that a list costs hardly more than one. Raises ParityError that names every prompt beyond the budget, InputError
         for no prompts, and what `Session.forward` raises.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise InputError("cierzo_parity.check takes a list of prompts, and at least one.")
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise InputError(f"cierzo_parity.check takes a list of prompts, and not {brief(prompts)}.")
+        _require_count(max_new_tokens, 0)
         asked = [(self.ids(prompt), max_new_tokens) for prompt in prompts]
+        if not asked:
+            raise InputError("cierzo_parity.check takes a list of prompts, and at least one.")
         missing = [key for key in dict.fromkeys(asked) if key not in self._held]
         if missing:
             self._held |= zip(missing, self._hold(missing), strict=True)
@@ -102,14 +105,23 @@ class PromptParity:
 
         update: store the continuation, once `check` has found it right. Returns None where the two are the same, else
         the index of the new token at which a near-tie fell to the other side; what follows it cannot be compared.
-        Raises ParityError for any other difference; InputError where the file is missing, damaged or of other options.
+        Raises ParityError for any other difference; InputError where the file is missing, damaged, of other options or
+        already that of another prompt; ExportError when it cannot be written.
         """
+        _require_count(max_new_tokens, 1)
         ids = self.ids(prompt)
+        if self._golden.get(file, (ids, max_new_tokens)) != (ids, max_new_tokens):
+            raise InputError(
+                f"{file.name} is the golden file of another prompt already, in another test or with another parameter. "
+                "Give every prompt a name of its own."
+            )
         if update:
             (held,) = self.check([ids], max_new_tokens=max_new_tokens)
-            _store(file, prompt, ids, held.new_ids, self._text(held.new_ids), max_new_tokens)
+            write_golden(file, prompt, ids, held.new_ids, self._text(held.new_ids), max_new_tokens)
+            self._golden[file] = ids, max_new_tokens
             return None
-        stored = _stored(file, ids, max_new_tokens)
+        stored = stored_golden(file, ids, max_new_tokens)
+        self._golden[file] = ids, max_new_tokens
         self._session.reset()
         ours = tuple(self._session.generate(ids, max_new_tokens=max_new_tokens))
         if ours == stored:
@@ -132,13 +144,22 @@ class PromptParity:
         raise ParityError(self._difference(file, stored, ours, at, behind, allowed))
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's token ids. Raises TokenizerError where the bundle has no tokenizer, or no chat format."""
+        """The prompt's token ids.
+
+        Raises TokenizerError where the bundle has no tokenizer, or no chat format; InputError for what is no prompt.
+        """
         if isinstance(prompt, str):
             return tuple(self._session.tokenizer.encode(prompt))
-        messages = [dict(part) for part in prompt if isinstance(part, Mapping)]
-        if messages:
-            return tuple(self._session.tokenizer.encode_chat(messages))
-        return tuple(part for part in prompt if not isinstance(part, Mapping))
+        if isinstance(prompt, Iterable) and not isinstance(prompt, bytes | bytearray | Mapping):
+            parts: list[Any] = list(prompt)
+            if parts and all(isinstance(part, Mapping) for part in parts):
+                return tuple(self._session.tokenizer.encode_chat([dict(part) for part in parts]))
+            if all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts):
+                return tuple(int(part) for part in parts)
+        raise InputError(
+            f"{brief(prompt)} is no prompt: that is a text, a list of token ids, or the list of a chat's messages. "
+            "Where a list of prompts is asked for, a single one is put into a list as well."
+        )
 
     def _hold(self, asked: Sequence[tuple[tuple[int, ...], int]]) -> list[HeldPrompt]:
         from reference.parity import position_errors
@@ -242,38 +263,6 @@ def _tail(text: str) -> str:
     return text if len(text) <= _SHOWN else f"…{text[-_SHOWN:]}"
 
 
-def _store(
-    file: Path, prompt: Prompt, ids: Sequence[int], new: Sequence[int], text: str | None, max_new_tokens: int
-) -> None:
-    """Write a golden file, unless it holds the same already. Raises ExportError when it cannot be written."""
-    document = {
-        "cierzo_golden": GOLDEN_VERSION,
-        "prompt": list(prompt) if not isinstance(prompt, str) else prompt,
-        "prompt_ids": list(ids),
-        "max_new_tokens": max_new_tokens,
-        "new_ids": list(new),
-        "text": text,
-    }
-    lines = [f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in document.items()]
-    content = "{\n" + ",\n".join(lines) + "\n}\n"  # a key a line, so that differences can be read
-    if not file.exists() or file.read_text(encoding="utf-8") != content:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, content, "The golden file")
-
-
-def _stored(file: Path, ids: Sequence[int], max_new_tokens: int) -> tuple[int, ...]:
-    """The continuation in a golden file. Raises InputError where it has none for these options."""
-    way_out = "Run the tests with --cierzo-update-golden, which writes it from this engine if that is found right."
-    if not file.exists():
-        raise InputError(f"There is no golden file {file} yet. {way_out}")
-    document = read_json_object(file, InputError, way_out=way_out)
-    new = document.get("new_ids")
-    if document.get("cierzo_golden") != GOLDEN_VERSION or not _are_ids(new) or not _are_ids(document.get("prompt_ids")):
-        raise InputError(f"{file} is not a golden file of this version. {way_out}")
-    if document["prompt_ids"] != list(ids) or document.get("max_new_tokens") != max_new_tokens:
-        raise InputError(f"{file} is of another prompt, tokenizer or number of tokens. {way_out}")
-    return tuple(document["new_ids"])
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def _require_count(max_new_tokens: object, least: int) -> None:
+    if type(max_new_tokens) is not int or max_new_tokens < least:
+        raise InputError(f"max_new_tokens must be an integer >= {least}, not {brief(max_new_tokens)}.")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 GOLDEN_FOLDER = "golden"
 """Beside the test's file."""
 
+MOST_NAME = 200
+"""Bytes of a golden file's name: a file system takes 255, with the ending."""
+
 _SETTINGS = {
     "bundle": "The bundle that the fixture cierzo_parity runs.",
     "checkpoint": "The checkpoint that it is held against, by default the one that the bundle was made from.",
@@ -67,8 +70,12 @@ class CierzoParity:
         An accepted near-tie is recorded among the test's properties, which JUnit reports show.
         """
         __tracebackhide__ = True
-        if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-            pytest.fail(f"{name!r} cannot name a golden file: letters, digits, `_`, `-` and `.` only.", pytrace=False)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > MOST_NAME:
+            pytest.fail(
+                f"{name!r} cannot name a golden file: letters, digits, `_`, `-` and `.` only, {MOST_NAME} bytes at "
+                "most.",
+                pytrace=False,
+            )
         file = self._node.path.parent / GOLDEN_FOLDER / f"{name}.json"
         tied = self._run(self._parity.golden, file, prompt, max_new_tokens=max_new_tokens, update=self._update)
         if tied is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ class Check:
     """One thing that was held against the reference.
 
     passed: None when the check could not be run on this model; `detail` then says why. It counts for nothing.
-    error: largest absolute difference of a logit from the float64 truth, where that is what was measured; budget: what
-        was allowed there, which is the report's where nothing else is said. seconds: how long it took.
+    error: absolute difference of a logit from the float64 truth, where that is what was measured: the one that takes
+        most of its budget. budget: what was allowed there, the report's where nothing else is said. seconds: how long
+        it took.
     """
 
     name: str
@@ -195,18 +197,28 @@ def status_of(check: Check) -> str:
 
 
 def _share(error: float, budget: float | None) -> str:
-    return f"{100 * error / budget:.0f} %" if budget else ""
+    if not budget or not math.isfinite(error):
+        return "not finite" if budget else ""
+    return f"{100 * error / budget:.0f} %" if error <= budget else f"{math.ceil(100 * error / budget)} %"
 
 
 _SPANS = 5
 """Into how many stretches of positions the longest row is divided when it is shown."""
 
 
-def _by_position(errors: Sequence[float]) -> str:
+def _by_position(errors: Sequence[float], positions: Sequence[int]) -> str:
     """The largest error of each stretch of positions, so that one sees whether it grows along the row."""
     width = -(-len(errors) // _SPANS)
     spans = [(start, min(start + width, len(errors))) for start in range(0, len(errors), width)]
-    return ", ".join(f"{start}–{end - 1}: {max(errors[start:end]):.1e}" for start, end in spans)
+    places = positions or range(len(errors))
+    return ", ".join(f"{places[start]}–{places[end - 1]}: {max(errors[start:end]):.1e}" for start, end in spans)
+
+
+_MORE = " Behind a token of which a router is undecided up to {:.2e} are allowed: what taking the other expert costs."
+
+
+def _uneven(report: ValidationReport) -> bool:
+    return any(budget > report.budget for budget in report.position_budgets)
 
 
 _COLOURS = {"passed": "green", "failed": "bold red", "not run": "yellow"}
@@ -230,10 +242,13 @@ def render(report: ValidationReport, console: Console) -> None:
         table.add_row(Text(check.name), Text(status, style=_COLOURS[status]), error, share, Text(check.detail))
     console.print(table)
     if report.position_errors:
-        console.print(f"Largest error by position: {_by_position(report.position_errors)}.", highlight=False)
+        console.print(
+            f"Largest error by position: {_by_position(report.position_errors, report.positions)}.", highlight=False
+        )
     console.print(
         f"Budget {report.budget:.2e}: the reference itself is off by {report.reference_error:.2e} in {report.dtype} "
-        f"against float64, on logits up to {report.largest_logit:.3g}.",
+        f"against float64, on logits up to {report.largest_logit:.3g}."
+        + (_MORE.format(max(report.position_budgets)) if _uneven(report) else ""),
         highlight=False,
     )
     ran = sum(check.passed is not None for check in report.checks)

@@ -89,6 +89,11 @@ class Oracle:
         head, rounded = embedding if tied else self._load(LM_HEAD, dtype), rounding.of(LM_HEAD)
         return [rounded(norm(x_NC)) @ head.T for x_NC in hidden]
 
+    def parameter(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter as this runs it; of a tied model the output projection is the embedding."""
+        tied = name == LM_HEAD and name not in self._replaced and self._checkpoint.config.tie_word_embeddings
+        return self._load(EMBEDDING if tied else name, dtype)
+
     def _load(self, name: str, dtype: torch.dtype) -> Tensor:
         if name in self._replaced:
             return self._replaced[name](dtype)

@@ -7,6 +7,7 @@ and no other. Comparison is with teacher forcing: both sides read the same token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ import numpy.typing as npt
 from runtime.errors import CheckpointError
 
 Logits = npt.NDArray[np.floating]
+
+_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,10 @@ TOLERANCES: dict[str, Tolerance] = {
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Largest absolute error allowed for one run, and where it comes from."""
+    """Largest absolute error allowed for one run, and where it comes from.
+
+    reference_error: the ceiling where the reference overflows in that type.
+    """
 
     allowed: float
     reference_error: float
@@ -115,15 +121,22 @@ def budget(truth: Sequence[Logits], reference: Sequence[Logits], dtype: str) -> 
     tolerance = TOLERANCES[dtype]
     largest = max(float(np.abs(row).max()) for row in truth)
     error = max(float(position_errors(a, b).max()) for a, b in zip(truth, reference, strict=True))
-    room = max(tolerance.multiple * error, tolerance.floor * tolerance.eps * largest)
-    return Budget(min(room, tolerance.ceiling * largest), error, largest, tolerance)
+    room, ceiling = (
+        max(tolerance.multiple * error, tolerance.floor * tolerance.eps * largest),
+        tolerance.ceiling * largest,
+    )
+    return Budget(min(room, ceiling), error if math.isfinite(error) else ceiling, largest, tolerance)
 
 
 def position_errors(truth_TV: Logits, logits_TV: Logits) -> npt.NDArray[np.float64]:
     """Largest |difference| over the vocabulary at each position, float64 [T]; infinite where a logit is not finite."""
     if truth_TV.shape != logits_TV.shape:
         raise ValueError(f"logits of shape {logits_TV.shape} are held against {truth_TV.shape}")
-    gap = np.abs(truth_TV.astype(np.float64) - logits_TV.astype(np.float64)).max(axis=-1, initial=0.0)
+    gap = np.empty(truth_TV.shape[:-1])
+    for first in range(0, len(truth_TV), _AT_ONCE):  # in pieces, because rows of logits take gigabytes in float64
+        piece = slice(first, first + _AT_ONCE)
+        wide = truth_TV[piece].astype(np.float64) - logits_TV[piece].astype(np.float64)
+        gap[piece] = np.abs(wide).max(axis=-1, initial=0.0)
     return np.where(np.isfinite(gap), gap, np.inf)
 
 

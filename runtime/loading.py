@@ -36,7 +36,8 @@ def load(
     profile: a folder, where the engine keeps a profile of every node of every step until `Session.end_profile`; this
         slows every node by about a microsecond. What ONNX Runtime writes there can be opened in Chrome's trace viewer.
     require_parity: refuse what has no receipt by `cierzo validate` that it computes the reference's function; "full"
-        asks for one of the full suite. Every file is read, as by `verify`.
+        asks for one of the full suite. Every file is read, as by `verify`. Who writes to one
+        while the session is open may still change what it computes.
     trust: PEM file of an ed25519 public key, by which the receipt must be signed.
 
     Side effect: the first ONNX Runtime session of a process makes the thread that opens it, and threads started from

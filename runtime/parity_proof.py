@@ -3,7 +3,8 @@
 What costs nothing is looked at first, so that a bundle without a receipt is refused at once and not after 14 GB were
 read. Then every byte that will run is read once: of the graph, the tokenizer, the weights, and the files of the engine.
 
-A proof holds as long as nobody changes the files while the session is being opened, or the receipt and the files
+A proof is of the files as they are when they are read here. It holds as long as nobody writes to them while the session
+is open, also after loading, because weights are read where they lie; nor may anybody change the receipt and the files
 together: against the latter only a signature helps.
 """
 

@@ -165,8 +165,8 @@ def parse_receipt(section: Section) -> Receipt:
     rest = {key: value for key, value in section.data.items() if key != "digest"}
     if hashlib.sha256(canonical(rest)).hexdigest() != digest:
         raise BundleError(
-            f"The digest of `{section.path or 'receipt.'}` in the {RECEIPTS_FILE} is not that of its fields: it was "
-            f"damaged or changed. {RECEIPTS.remedy}."
+            f"The digest of `{section.path[:-1] or 'receipt'}` in the {RECEIPTS_FILE} is not that of its fields: it "
+            f"was damaged or changed. {RECEIPTS.remedy}."
         )
     versions = section.section("versions")
     return Receipt(

@@ -90,7 +90,7 @@ PAGE = 256
 
 BOUNDS = "attention_bounds"
 """Input int32 [2] in the host's memory, of the graph for many tokens where a layer has a window: the most new tokens of
-a row, and the most keys that a query may see."""
+a row, and the most keys of one in the scratch memory, min(start, W − 1) + T."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ def _graph(section: Section) -> GraphFile:
     file = parse_name(section, "file")
     if "/" in file or "\\" in file or file in ("", ".", ".."):
         raise BundleError(
-            f"The graph {file!r} of {section.path[:-2]} lies outside the engine's folder. Build it again."
+            f"The graph {file!r} of {section.path[:-1]} lies outside the engine's folder. Build it again."
         )
     placement = section.section("placement")
     nodes = {}

@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 
 from exporter.gate.feeding import Logits, Run, compare, everywhere, logits_at
-from exporter.gate.plan import SINGLES, SPLITS
-from exporter.validation_report import QUICK, Check
+from exporter.gate.plan import MOST_SPLIT_TOKENS, SINGLES, SPLITS
+from exporter.validation_report import Check
+from runtime.sampling import Candidates
 
 
 def whole_prompts(run: Run) -> Iterator[Check]:
@@ -28,16 +29,27 @@ def whole_prompts(run: Run) -> Iterator[Check]:
 
 
 def uneven_pieces(run: Run) -> Iterator[Check]:
-    """The row cut at random places around the chunk's length, in several ways."""
-    row, chunk = run.first, run.session.manifest.kv.chunk
-    for number in range(SPLITS[run.plan.suite]):
+    """The row cut at random places, in several ways that deal out all widths that a step may have."""
+    row, fed = run.first, 0
+    fewest, most = SPLITS[run.plan.suite]
+    length, chunk = len(row.tokens), run.session.manifest.kv.chunk
+    widest = min(chunk, max(1, length // 3 if most == 1 else length))  # a row shorter than a chunk is cut as well
+    deck = np.array([*range(1, widest + 2), 2 * widest + 1])
+    left_over: list[int] = []
+    for number in range(most):
+        if number >= fewest and (not left_over or fed > MOST_SPLIT_TOKENS):
+            break
         run.session.reset()
-        pieces, left = [], len(row.tokens)
-        while left:
-            most = min(chunk, max(1, len(row.tokens) // 3))  # a row shorter than a chunk is cut as well
-            sizes = [1, 2, max(1, most - 1), most, most + 1, int(run.rng.integers(1, 2 * most + 2))]
-            pieces.append(min(left, int(run.rng.choice(sizes))))
-            left -= pieces[-1]
+        pieces: list[int] = []
+        while sum(pieces) < length:
+            if not left_over:
+                left_over = run.rng.permutation(deck).tolist()
+            room = length - sum(pieces)
+            fitting = [size for size in left_over if size <= room]
+            size = fitting[0] if fitting else left_over[0]
+            left_over.remove(size)
+            pieces.append(min(size, room))
+        fed += length
         got = logits_at(run.session, row.tokens, row.positions, pieces)
         name = "uneven pieces" if number == 0 else f"uneven pieces, split {number + 1}"
         yield compare(name, row, everywhere(row), got, f"{len(pieces)} feeds of random sizes up to {max(pieces)}")
@@ -57,19 +69,32 @@ def last_tokens(run: Run) -> Iterator[Check]:
 
 def highest(run: Run) -> Iterator[Check]:
     """Engines that choose among logits themselves: what they give out, against all logits of the same engine."""
-    session, tokens = run.session, run.first.tokens
-    most = session.most_top
-    if most:
+    session, rows = run.session, run.truth.rows
+    most, kv = session.most_top, session.manifest.kv
+    if not most:
+        return
+    for name, fed in (("highest logits", rows[:1]), ("highest logits, batch", rows[: kv.max_batch][::-1])):
+        if name != "highest logits" and len(fed) == 1:
+            continue
+        tokens = [row.tokens.tolist() for row in fed]
         session.reset()
-        logits_V = session.forward_last(tokens)[0].copy()
+        logits_BV = session.forward_last(tokens).copy()
         session.reset()
-        (found,) = session.forward_candidates(tokens, most, lambda _: True)
-        due = np.sort(np.argsort(-logits_V, kind="stable")[:most])
-        assert found is not None
-        assert found.ids_N is not None
-        same = bool(np.array_equal(found.ids_N, due) and np.array_equal(found.logits_N, logits_V[due]))
+        tops = session.forward_candidates(tokens, most, lambda _: True)
+        session.reset()
+        full = session.forward_candidates(tokens, most, lambda _: False)
+        same = all(map(_are_the_highest, tops, full, logits_BV))
         detail = f"the {most} that the engine gives {'are' if same else 'are not'} the highest of all"
-        yield Check("highest logits", same, detail)
+        yield Check(name, same, detail)
+
+
+def _are_the_highest(top: Candidates | None, everything: Candidates | None, logits_V: Logits) -> bool:
+    """top: given where the highest suffice; everything: given where they do not."""
+    if top is None or top.ids_N is None or everything is None:
+        return False
+    due = np.sort(np.argsort(-logits_V, kind="stable")[: len(top.ids_N)])
+    given = np.array_equal(top.ids_N, due) and np.array_equal(top.logits_N, logits_V[due])
+    return bool(given and np.array_equal(everything.logits_N, logits_V))
 
 
 def one_at_a_time(run: Run) -> Iterator[Check]:
@@ -89,50 +114,3 @@ def one_at_a_time(run: Run) -> Iterator[Check]:
             found.append(logits_TV.copy())
     detail = f"the last {len(row.tokens) - first} tokens singly"
     yield compare("one at a time", row, which, np.concatenate(found), detail)
-
-
-def ragged_batch(run: Run) -> Iterator[Check]:
-    """Three rows of different lengths side by side, in two feeds, of which the second begins elsewhere in each."""
-    name, rows = "ragged batch", run.truth.rows
-    session, kv = run.session, run.session.manifest.kv
-    if kv.max_batch < len(rows):
-        yield Check(name, None, f"the bundle was exported for {kv.max_batch} rows")
-        return
-    session.reset()
-    cuts = [max(1, len(row.tokens) // 3) for row in rows]
-    if run.plan.suite == QUICK:
-        cuts[0] = len(rows[0].tokens) // 2 + 1
-    feeds = [[row.tokens[:cut].tolist() for row, cut in zip(rows, cuts, strict=True)]]
-    feeds.append([row.tokens[cut:].tolist() for row, cut in zip(rows, cuts, strict=True)])
-    found: list[list[Logits]] = [[] for _ in rows]
-    for begin, feed in zip((None, cuts), feeds, strict=True):
-        if not any(feed):
-            continue
-        logits_BTV = session.forward(feed)
-        for number, (row, tokens) in enumerate(zip(rows, feed, strict=True)):
-            offset = 0 if begin is None else begin[number]
-            inside = row.positions[(row.positions >= offset) & (row.positions < offset + len(tokens))] - offset
-            found[number].append(logits_BTV[number, inside].copy())
-    for number, (row, pieces) in enumerate(zip(rows, found, strict=True)):
-        detail = f"{len(row.tokens)} tokens beside rows of other lengths"
-        yield compare(f"{name}, row {number}", row, everywhere(row), np.concatenate(pieces), detail)
-    yield from _end_of_context(run)
-    session.reset()
-    session.forward_last(rows[0].tokens[:1])  # back to one row
-
-
-def _end_of_context(run: Run) -> Iterator[Check]:
-    """A row takes its very last token while another takes a whole chunk: its padding has no place in its buffers."""
-    session, kv = run.session, run.session.manifest.kv
-    row, other = run.truth.rows[:2]
-    end, tokens = kv.context, len(row.tokens)
-    if end is None or tokens != end or end < 2:
-        return
-    size = min(kv.chunk, len(other.tokens) - 1)
-    before = other.tokens[: len(other.tokens) - size]
-    session.reset()
-    session.forward_last([row.tokens[:-1].tolist(), before.tolist()])
-    logits_BTV = session.forward([row.tokens[-1:].tolist(), other.tokens[len(before) :].tolist()])
-    which = row.positions == end - 1
-    detail = f"token {end - 1}, the last that there is room for, beside {size} tokens of another row"
-    yield compare("ragged batch, end of the context", row, which, logits_BTV[0, : int(which.sum())].copy(), detail)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy.typing as npt
 from exporter.gate.plan import Plan
 from exporter.gate.truth import Truth, TruthRow
 from exporter.validation_report import Check
-from reference.oracle import Oracle
 from reference.parity import position_errors
 from runtime.session import Session
 
@@ -27,14 +26,15 @@ MOST_LOGITS = 1 << 26
 class Run:
     """What all checks of one validation share. windows: the checkpoint's, by layer: the bundle may be wrong.
 
-    timings: (tokens, seconds) of steps by kind, for the report's speeds.
+    truth_of: makes the truth of further rows, see `exporter.gate.truth.make_truth`. timings: (tokens, seconds) of steps
+    by kind, for the report's speeds.
     """
 
     session: Session
     plan: Plan
     truth: Truth
     windows: tuple[int | None, ...]
-    oracle: Oracle
+    truth_of: Callable[..., Truth]
     rng: np.random.Generator
     timings: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 

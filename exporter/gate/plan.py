@@ -37,8 +37,11 @@ LONGEST_ROLL = {"quick": 0, "full": 1 << 16}
 SINGLES = {"quick": 16, "full": 96}
 """Tokens that are fed one at a time at most, at the end of the row, where every ring has wrapped."""
 
-SPLITS = {"quick": 1, "full": 4}
-"""Ways in which the row is cut into uneven pieces."""
+SPLITS = {"quick": (1, 1), "full": (4, 32)}
+"""Fewest and most ways in which the row is cut into uneven pieces: more until each width of a step was dealt once."""
+
+MOST_SPLIT_TOKENS = 4096
+"""Where the fewest ways are fewer tokens than this, the row is cut in more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +75,22 @@ def make_plan(
         kept = [length for length in lengths if length <= longest]
         lengths = sorted({*kept, here}) if left_out else kept
     longest = lengths[-1]
-    sizes = (longest, max(1, longest // 2 + 1), max(1, longest // 5))
-    rows = tuple(rng.integers(0, vocabulary, size, dtype=np.int64) for size in sizes)
+    sizes = (longest, max(1, min(longest, longest // 2 + 1)), max(1, longest // 5))
+    rows = tuple(random_tokens(rng, vocabulary, size) for size in sizes)
     return Plan(suite, tuple(lengths), tuple(left_out), rows, _wanted(rows, lengths, vocabulary))
+
+
+def random_tokens(rng: np.random.Generator, vocabulary: int, count: int) -> Row:
+    """Random ids, int64 [count], spread evenly over the vocabulary: its first id and its last are among them.
+
+    Rows of an embedding that are wrong in one stretch, as from some id on, are then among what is fed.
+    """
+    edges = np.linspace(0, vocabulary, count + 1)
+    low = edges[:-1].astype(np.int64)
+    ids = rng.integers(low, np.maximum(low + 1, edges[1:].astype(np.int64)))
+    ids[0], ids[-1] = 0, vocabulary - 1
+    rng.shuffle(ids)
+    return ids
 
 
 def _wanted(rows: Sequence[Row], lengths: Sequence[int], vocabulary: int) -> tuple[Row, ...]:

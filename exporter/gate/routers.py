@@ -47,30 +47,36 @@ class RouterLog:
 
 @dataclass(frozen=True, slots=True)
 class Undecided:
-    """margins: by layer, how close two router logits must be to count as undecided. first: for each row the first token
-    of which some router is undecided, or its length."""
+    """margins: by layer, how close two router logits must be to count as undecided. tokens: for each row those of which
+    some router is undecided. first: for each row the first of them, or its length."""
 
     margins: tuple[float, ...]
+    tokens: tuple[frozenset[int], ...]
     first: tuple[int, ...]
-
-    @property
-    def any(self) -> bool:
-        """Whether some row has such a token: rows are compared in two parts then."""
-        return any(margin > 0 for margin in self.margins)
 
 
 def undecided(truth: RouterLog, rounded: RouterLog, top_k: int, lengths: Sequence[int]) -> Undecided:
     """From the router logits of the reference in float64 and in the engine's type."""
-    margins, first = [], list(lengths)
+    margins: list[float] = []
+    tokens: list[set[int]] = [set() for _ in lengths]
     for index, rows in sorted(truth.logits.items()):
         errors = [np.abs(a - b).max(axis=-1) for a, b in zip(rounded.logits[index], rows, strict=True)]
         margin = ERRORS * float(np.median(np.concatenate(errors))) if errors else 0.0
         margins.append(margin)
-        for number, logits_NE in enumerate(rows):
+        for found, logits_NE in zip(tokens, rows, strict=False):
             if top_k < logits_NE.shape[-1]:
-                near = np.flatnonzero(_gaps(logits_NE, top_k) < margin)
-                first[number] = min(first[number], int(near[0]) if len(near) else first[number])
-    return Undecided(tuple(margins), tuple(first))
+                found |= set(np.flatnonzero(_gaps(logits_NE, top_k) < margin).tolist())
+    first = [min(found, default=length) for found, length in zip(tokens, lengths, strict=True)]
+    return Undecided(tuple(margins), tuple(map(frozenset, tokens)), tuple(first))
+
+
+def first_undecided(truth_TE: NDArray[np.float64], rounded_TE: NDArray[np.float64], top_k: int) -> int:
+    """The first token of which one router is undecided, or how many there are; its logits [T, E] as in `undecided`."""
+    if top_k >= truth_TE.shape[-1]:
+        return len(truth_TE)
+    margin = ERRORS * float(np.median(np.abs(rounded_TE - truth_TE).max(axis=-1)))
+    near = np.flatnonzero(_gaps(truth_TE, top_k) < margin)
+    return int(near[0]) if len(near) else len(truth_TE)
 
 
 def _gaps(logits_NE: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:

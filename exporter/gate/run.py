@@ -18,17 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
+from exporter.gate.checks_batches import ragged_batch
+from exporter.gate.checks_bodies import portable_bodies
 from exporter.gate.checks_memory import declared_windows, memory
 from exporter.gate.checks_prompts import (
     highest,
     last_tokens,
     one_at_a_time,
-    ragged_batch,
     uneven_pieces,
     whole_prompts,
 )
-from exporter.gate.checks_reach import long_roll, receptive_field
+from exporter.gate.checks_reach import long_roll, receptive_field, undecided_routers
 from exporter.gate.checks_state import reset, sampling, threads
+from exporter.gate.checks_weights import quantized_weights
 from exporter.gate.feeding import Logits, Run, logits_at
 from exporter.gate.plan import make_plan
 from exporter.gate.truth import TruthRow, make_truth
@@ -77,10 +79,12 @@ def validate(
 
     Parity that fails is a report with `passed` False. Raises BundleError, CheckpointError and BackendError when the
     comparison cannot be run at all, for instance because the two are not even the same model; InputError for an unknown
-    suite, a text that cannot be read, and for `text` and `max_kl` where no weights are quantised.
+    suite, a negative seed, a text that cannot be read, and for `text` and `max_kl` where no weights are quantised.
     """
     if suite not in SUITES:
         raise InputError(f"There is no suite {suite!r}. Available: {', '.join(SUITES)}.")
+    if seed < 0:
+        raise InputError(f"A seed is a whole number from 0 on, not {seed}.")
     begun = time.perf_counter()
     session = load(
         bundle, backend=backend, engine=engine, verify=verify, weights_folder=weights_folder, progress=progress
@@ -99,26 +103,28 @@ def validate(
     plan = make_plan(session, windows, session.manifest.model.parameters, suite, rng)
     oracle = Oracle(opened, quantized.weights)
     rounding, dtype = of_engine(session.numerics, quantized.rounding)
-    truth = make_truth(
+    truth_of = functools.partial(
+        make_truth,
         oracle,
-        plan.rows,
-        plan.wanted,
         moe=opened.config.moe,
         arithmetic=session.numerics.arithmetic,
         rounding=rounding,
         dtype=dtype,
         progress=progress,
     )
-    run = Run(session, plan, truth, windows, oracle, rng)
+    truth = truth_of(plan.rows, plan.wanted)
+    run = Run(session, plan, truth, windows, truth_of, rng)
     steps: list[Step] = [
         whole_prompts, uneven_pieces, last_tokens, highest, one_at_a_time, ragged_batch, reset,
         functools.partial(threads, backend=backend, weights_folder=weights_folder), sampling, receptive_field,
-        long_roll, declared_windows, memory,
+        long_roll, undecided_routers, declared_windows, portable_bodies, memory,
     ]  # fmt: skip
     checks = _run(run, steps, progress)
     quality = None
     if quantized.weights:
-        quality = measure_quality(session, Oracle(opened), text=text, seed=seed, progress=progress)
+        original = Oracle(opened)
+        checks.append(quantized_weights(quantized.weights, original, progress))
+        quality = measure_quality(session, original, text=text, seed=seed, progress=progress)
         checks.append(quality_check(quality, session.manifest.weights.kind, max_kl))
     row = run.first
     session.reset()
@@ -205,4 +211,11 @@ def open_matching(session: Session, checkpoint: str | Path | None) -> Checkpoint
                 f"The bundle has {name} = {ours} and the checkpoint {path} has {theirs}: they are not the same model, "
                 "so there is nothing to compare. Name the checkpoint that the bundle was made from."
             )
+    limit = session.manifest.kv.position_limit
+    if limit != config.position_limit:
+        ours, theirs = ("any length" if end is None else f"{end:,} tokens" for end in (limit, config.position_limit))
+        raise CheckpointError(
+            f"The bundle's manifest lets a text have {ours}, and the checkpoint {path} is one function of its tokens "
+            f"for {theirs}. Export the checkpoint again, or name the one that the bundle was made from."
+        )
     return opened

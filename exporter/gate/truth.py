@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from exporter.gate.routers import RouterLog, RouterSwap, undecided
+from exporter.gate.routers import RouterLog, RouterSwap, Undecided, undecided
 from reference.config import MoEConfig
 from reference.oracle import Oracle
 from reference.parity import Budget, budget, position_errors
@@ -21,6 +21,9 @@ from reference.rounding import Rounding
 Progress = Callable[[str, int, int], None]
 Row = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.floating]
+
+FOLLOWING = 8.0
+"""Margins of undecided routers, within which a token may take another expert because one before it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,48 +59,71 @@ def make_truth(
     rounding: Rounding,
     dtype: str,
     progress: Progress | None,
+    first_position: int = 0,
 ) -> Truth:
     """Run the reference over `rows` in float64 and as the engine computes.
 
     wanted: for each row the positions whose logits are compared. arithmetic, rounding, dtype: the engine's; see
-    `exporter.quantized_reference.of_engine`. Raises CheckpointError where the truth itself is not finite.
+    `exporter.quantized_reference.of_engine`. first_position: of every row; see `Oracle.logits`.
+
+    Raises CheckpointError where the truth is not finite, whichever expert an undecided token is sent to.
     """
-    tokens, some = [row.tolist() for row in rows], [row.tolist() for row in wanted]
+
+    def logits(dtype: torch.dtype, rounding: Rounding, on_layer: RouterLog | RouterSwap | None) -> list[Logits]:
+        found = oracle.logits(
+            [row.tolist() for row in rows],
+            dtype,
+            progress,
+            rounding=rounding,
+            wanted=[places.tolist() for places in wanted],
+            first_position=first_position,
+            on_layer=on_layer,
+        )
+        return [row.to(torch.float64 if dtype == torch.float64 else torch.float32).numpy() for row in found]
+
     narrow = moe is not None and dtype != "float32"
     logs = (RouterLog(), RouterLog())
-    truth = _run(oracle, tokens, some, torch.float64, Rounding(), logs[0] if narrow else None, progress)
-    own = _run(oracle, tokens, some, getattr(torch, arithmetic), rounding, logs[1] if narrow else None, progress)
-    made = budget(truth, own, dtype)
-    first = [len(row) for row in rows]
-    beyond = [made.allowed] * len(rows)
-    if narrow and moe is not None:
-        near = undecided(*logs, moe.top_k, first)
-        if near.first != tuple(first):
-            swap = RouterSwap(near.margins, moe.top_k)
-            swapped = _run(oracle, tokens, some, torch.float64, Rounding(), swap, progress)
-            first = list(near.first)
-            beyond = [
-                max(made.allowed, made.tolerance.multiple * float(position_errors(a, b).max()))
-                for a, b in zip(truth, swapped, strict=True)
-            ]
-    return Truth(
-        tuple(
-            TruthRow(row, places, logits, np.where(places < decided, made.allowed, room), decided)
-            for row, places, logits, decided, room in zip(rows, wanted, truth, first, beyond, strict=True)
-        ),
-        made,
-    )
+    truth = logits(torch.float64, Rounding(), logs[0] if narrow else None)
+    own = logits(getattr(torch, arithmetic), rounding, logs[1] if narrow else None)
+    if not narrow or moe is None:
+        made = budget(truth, own, dtype)
+        allowed = [np.full(len(places), made.allowed) for places in wanted]
+        return Truth(_rows(rows, wanted, truth, allowed, [len(row) for row in rows]), made)
+    near = undecided(*logs, moe.top_k, [len(row) for row in rows])
+    # From its first undecided token on, the reference in the engine's type may have taken another expert as well.
+    settled = [places < first for places, first in zip(wanted, near.first, strict=True)]
+    own_errors = [position_errors(a, b) for a, b in zip(truth, own, strict=True)]
+    if not any(each.any() for each in settled):  # most tokens did not
+        usual = float(np.median(np.concatenate(own_errors)))
+        settled = [errors <= usual for errors in own_errors]
+    made = budget(truth, [np.where(s[:, None], b, a) for a, b, s in zip(truth, own, settled, strict=True)], dtype)
+    allowed = [np.full(len(places), made.allowed) for places in wanted]
+    if any(near.tokens):
+        # Behind a token that went elsewhere, nearly decided ones may follow: they are swapped as well.
+        wider = [FOLLOWING * margin for margin in near.margins]
+        swapped = logits(torch.float64, Rounding(), RouterSwap(wider, moe.top_k))
+        budget(swapped, swapped, dtype)  # refuses what is not finite
+        costs = [np.maximum(own, position_errors(a, b)) for own, a, b in zip(own_errors, truth, swapped, strict=True)]
+        allowed = _allowed(costs, wanted, near, made)
+    return Truth(_rows(rows, wanted, truth, allowed, near.first), made)
 
 
-def _run(
-    oracle: Oracle,
-    tokens: Sequence[Sequence[int]],
-    wanted: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    rounding: Rounding,
-    on_layer: RouterLog | RouterSwap | None,
-    progress: Progress | None,
-) -> list[Logits]:
-    logits = oracle.logits(tokens, dtype, progress, rounding=rounding, wanted=wanted, on_layer=on_layer)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [row.to(wide).numpy() for row in logits]
+def _rows(
+    rows: Sequence[Row],
+    wanted: Sequence[Row],
+    truth: Sequence[Logits],
+    allowed: Sequence[npt.NDArray[np.float64]],
+    first: Sequence[int],
+) -> tuple[TruthRow, ...]:
+    return tuple(map(TruthRow, rows, wanted, truth, allowed, first))
+
+
+def _allowed(
+    costs: Sequence[npt.NDArray[np.float64]], wanted: Sequence[Row], near: Undecided, made: Budget
+) -> list[npt.NDArray[np.float64]]:
+    """Before a row's first undecided token the budget, and from it on what taking other experts costs anywhere: a token
+    behind it whose router was decided may be moved far enough to take another one too. costs: of rounding and of that.
+    """
+    behind = [places >= first for places, first in zip(wanted, near.first, strict=True)]
+    most = max(float(cost[marked].max(initial=0.0)) for cost, marked in zip(costs, behind, strict=True))
+    return [np.where(marked, max(made.allowed, made.tolerance.multiple * most), made.allowed) for marked in behind]

@@ -108,7 +108,7 @@ class Canvas:
 
     def _y_ticks(self) -> list[tuple[float, str]]:
         if not self.y.log:
-            step = max(1, math.ceil(self.y.high / 5))
+            step = step_of(max(1, int(self.y.high)), 5)
             return [(float(value), f"{value:,}") for value in range(0, int(self.y.high) + 1, step)]
         low, high = round(math.log10(self.y.low)), round(math.log10(self.y.high))
         return [

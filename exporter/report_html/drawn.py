@@ -18,7 +18,7 @@ from exporter.report_html.plots import (
     subscript,
     window_borders,
 )
-from exporter.report_html.tables import figure, percent, share_bar, table, verdict
+from exporter.report_html.tables import figure, percent, share_bar, share_of, table, verdict
 from exporter.validation_report import ValidationReport
 
 NEAR_TIE = 2.0
@@ -30,7 +30,12 @@ _STRETCHES = 12
 
 def _worst(errors: Sequence[float], budgets: Sequence[float]) -> tuple[float, float]:
     """The error that takes most of its budget, and that budget."""
-    return max(zip(errors, budgets, strict=True), key=lambda pair: pair[0] / pair[1] if pair[1] else pair[0])
+    return max(zip(errors, budgets, strict=True), key=lambda pair: (share_of(*pair), pair[0]))
+
+
+def _budgets(report: ValidationReport) -> tuple[float, ...]:
+    """What was allowed at each compared position."""
+    return report.position_budgets or (report.budget,) * len(report.position_errors)
 
 
 def positions(report: ValidationReport) -> list[str]:
@@ -39,7 +44,7 @@ def positions(report: ValidationReport) -> list[str]:
     if not errors:
         return []
     places = report.positions or tuple(range(len(errors)))
-    budgets = report.position_budgets or (report.budget,) * len(errors)
+    budgets = _budgets(report)
     length = places[-1] + 1
     marks = [
         Mark(at, error, allowed, f"position {at}: {error:.2e}", error <= allowed)
@@ -55,16 +60,17 @@ def positions(report: ValidationReport) -> list[str]:
         borders=window_borders(length, report.windows, report.chunk),
     )
     rows = [
-        (name, figure(max(errors[first:end])), share_bar(*_worst(errors[first:end], budgets[first:end])))
+        (name, figure(error), f"{allowed:.2e}", share_bar(error, allowed))
         for first, end, name in _stretches(places)
+        for error, allowed in [_worst(errors[first:end], budgets[first:end])]
     ]
-    columns = (("positions", "name"), ("largest error", "number"), ("of budget", "share"))
+    columns = (("positions", "name"), ("error", "number"), ("budget", "number"), ("of budget", "share"))
     return [
         "<h2>Error by position</h2>",
         "<p>An error that grows from a multiple of the window on is a fault of the ring or of the mask.</p>",
         plot,
         _legend(_GOOD.format("within the budget"), _BAD.format("beyond it"), _borders_legend(report)),
-        table("Largest error of each stretch", columns, rows, hidden="The same as a table"),
+        table("The error of each stretch that takes most of its budget", columns, rows, hidden="The same as a table"),
     ]
 
 
@@ -103,8 +109,8 @@ def distributions(report: ValidationReport) -> list[str]:
     found = report.distributions
     if found is None or not found.kl:
         return []
-    near_tie = NEAR_TIE * report.budget
-    states = agreement_states(found, near_tie)
+    near_ties = [NEAR_TIE * budget for budget in _budgets(report)] or [NEAR_TIE * report.budget] * len(found.kl)
+    states = agreement_states(found, near_ties)
     same, ties, wrong = (states.count(state) for state in ("good", "tie", "bad"))
     finite = [value for value in found.kl if abs(value) < float("inf")]
     places = report.positions or tuple(range(len(states)))
@@ -118,13 +124,13 @@ def distributions(report: ValidationReport) -> list[str]:
     verdict_words = (
         f"Both have the same best token at {same:,} of {len(states):,} positions ({same / len(states):.1%}). "
         + (f"At {ties:,} more another one is a near-tie, which is no fault: the truth's best logit leads by less than "
-           "twice the budget, so that an engine within it may choose the other. " if ties else "")
+           "twice what is allowed there, so that an engine within it may choose the other. " if ties else "")
         + (f"At {wrong:,} the truth was decided and the engine chose otherwise." if wrong else "")
     )  # fmt: skip
     return [
         "<h2>Token agreement by position</h2>",
         f"<p>{verdict_words}</p>",
-        agreement_plot(found, places, near_tie, borders),
+        agreement_plot(found, places, near_ties, borders),
         _legend(
             _GOOD.format("the same best token"), _TIE.format("another, a near-tie"), _BAD.format("another, decided")
         ),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from exporter.report_html.canvas import Canvas, Scale, Size, both, decades, round_steps, step_of
+from exporter.report_html.tables import share_of
 from exporter.validation_report import Distributions
 
 
@@ -61,7 +62,7 @@ def _worst(marks: Sequence[Mark], most: int) -> list[Mark]:
     """All, or of each stretch the one that is nearest to its budget or farthest beyond it."""
     width = -(-len(marks) // most) or 1
     return [
-        max(marks[at : at + width], key=lambda mark: mark.error / mark.allowed if mark.allowed else mark.error)
+        max(marks[at : at + width], key=lambda mark: (share_of(mark.error, mark.allowed), mark.error))
         for at in range(0, len(marks), width)
     ]
 
@@ -164,33 +165,46 @@ def divergence_plot(values: Sequence[float]) -> str:
     return both(draw) if bins else ""
 
 
-def agreement_states(distributions: Distributions, near_tie: float) -> list[str]:
-    """For each position: `good` (the same best token), `tie` (another, on a margin below `near_tie`) or `bad`."""
+def agreement_states(distributions: Distributions, near_ties: Sequence[float]) -> list[str]:
+    """For each position: `good` (the same best token), `tie` (another, on a margin below its near-tie) or `bad`."""
     return [
         "good" if same else "tie" if margin < near_tie else "bad"
-        for same, margin in zip(distributions.same_best, distributions.margin, strict=True)
+        for same, margin, near_tie in zip(distributions.same_best, distributions.margin, near_ties, strict=True)
     ]
 
 
+def _first_of_each(states: Sequence[str], state: str, width: int) -> list[int]:
+    """The first index with that state in each stretch of `width`, so that a page of a long row stays small."""
+    found = {at // width: at for at in reversed(range(len(states))) if states[at] == state}
+    return sorted(found.values())
+
+
 def agreement_plot(
-    distributions: Distributions, places: Sequence[int], near_tie: float, borders: Sequence[tuple[float, str, str]]
+    distributions: Distributions,
+    places: Sequence[int],
+    near_ties: Sequence[float],
+    borders: Sequence[tuple[float, str, str]],
 ) -> str:
-    """The truth's margin at each of the positions `places`, and where the engine has another best token."""
-    states, margins = agreement_states(distributions, near_tie), distributions.margin
+    """The truth's margin at each of the positions `places`, and where the engine has another best token.
+
+    near_ties: below which margin that is no fault, by position.
+    """
+    states, margins = agreement_states(distributions, near_ties), distributions.margin
     title = "By how much the truth's best token leads at each position, and where the engine's best token is another"
 
     def draw(size: Size) -> str:
-        canvas = Canvas(size, title, Scale(0, max(1, places[-1])), decades([*margins, near_tie], 1e-9))
+        canvas = Canvas(size, title, Scale(0, max(1, places[-1])), decades([*margins, *near_ties], 1e-9))
         ticks = [(float(at), f"{at:,}") for at in round_steps(places[-1] + 1, size.ticks)]
         canvas.frame(ticks, "position in the row", "margin of the truth's best logit")
         _borders(canvas, borders)
-        at_y, right = canvas.at_y(near_tie), size.width - size.right
-        canvas.parts.append(f'<path class="allowed" d="M{size.left} {at_y:.1f}H{right}"><title>near-tie</title></path>')
-        canvas.text(right, at_y - 6, "2 × budget", "allowed-text", "end")
-        every = -(-len(margins) // size.most) or 1
-        order = [at for at, state in enumerate(states) if state == "good" and at % every == 0]
-        order += [at for at, state in enumerate(states) if state == "tie"]
-        order += [at for at, state in enumerate(states) if state == "bad"]
+        every, right = -(-len(margins) // size.most) or 1, size.width - size.right
+        line = f"M{size.left} {canvas.at_y(near_ties[0]):.1f}"
+        if len(set(near_ties)) > 1:
+            line += "".join(f"L{canvas.at_x(places[at]):.1f} {canvas.at_y(near_ties[at]):.1f}"
+                            for at in range(0, len(places), every))  # fmt: skip
+        canvas.parts.append(f'<path class="allowed" d="{line}H{right}"><title>near-tie</title></path>')
+        canvas.text(right, canvas.at_y(near_ties[-1]) - 6, "2 × budget", "allowed-text", "end")
+        order = [at for state in ("good", "tie", "bad") for at in _first_of_each(states, state, every)]
         words = {"good": "the same best token", "tie": "another, a near-tie", "bad": "another best token"}
         for at in order:
             label = f"position {places[at]}: {words[states[at]]}, margin {margins[at]:.2e}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from html import escape
 from pathlib import Path
 
 from exporter.layer_report import LayerReport
-from exporter.report_html.tables import duration, figure, percent, share_bar, table, verdict
+from exporter.report_html.tables import duration, figure, percent, share_bar, share_of, table, verdict
 from exporter.validation_report import Quality, ValidationReport, status_of
 from reference.parity import TOLERANCES
 
@@ -26,20 +27,34 @@ def heading(report: ValidationReport, layers: LayerReport | None) -> list[str]:
         ran += f", {counts['not run']} could not be run"
     if failed:
         named = ", ".join(failed[:_NAMED]) + (f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else "")
-        ran = f"{named} {'fails' if len(failed) == 1 else 'fail'}; {ran}"
+        ran = f"{named} {'fails' if len(failed) == 1 and failed != ['modules'] else 'fail'}; {ran}"
     elif not passed:
         ran = f"nothing was compared; {ran}"
-    largest = report.largest_error
-    share = percent(largest / report.budget) if report.budget > 0 else "–"
     return [
         f"<header class='{'passed' if passed else 'failed'}'>",
         f"<h1><span class='{'good' if passed else 'bad'}'><span aria-hidden='true'>{'✓' if passed else '✕'}</span> "
         f"Parity {'holds' if passed else 'fails'}</span></h1>",
-        f"<p><b>{escape(Path(report.bundle).name)}</b>: {escape(ran)}. Largest error {figure(largest)}, {share} of the "
-        "budget.</p>",
+        f"<p><b>{escape(Path(os.path.abspath(report.bundle)).name)}</b>: {escape(ran)}. {escape(_nearest(report))}</p>",
         "</header>",
         _facts(report),
     ]
+
+
+def _nearest(report: ValidationReport) -> str:
+    """The check that takes most of its own budget, in a sentence: not all checks have the same one."""
+    measured = [
+        (share_of(check.error, budget), check.error, check.name)
+        for check in report.checks
+        if check.error is not None and (budget := report.budget_of(check)) is not None
+    ]
+    if not measured:
+        return ""
+    share, error, name = max(measured, key=lambda found: found[:2])
+    which = "Nearest to its budget" if share <= 1 else "Farthest beyond its budget"
+    if error == float("inf"):
+        return f"{which}: {name}, with an error that is not finite."
+    much = percent(share) if percent(share).endswith("×") else f"{percent(share)} of"
+    return f"{which}: {name}, with an error of {figure(error)}, {much} what is allowed there."
 
 
 _WIDE = ("Bundle", "Held against", "Versions")
@@ -94,7 +109,24 @@ def budget_words(report: ValidationReport) -> str:
             f"{tolerance.floor:g} roundings (ε = {tolerance.eps:.1e}) of the largest logit, below which both errors "
             "are a handful of roundings and their ratio says nothing"
         )
-    return f"{text}: {why}."
+    return f"{text}: {why}.{_beyond(report)}"
+
+
+def _beyond(report: ValidationReport) -> str:
+    """Where something else was allowed, and why."""
+    behind = max(report.position_budgets, default=0.0)
+    elsewhere = max((check.budget for check in report.checks if check.budget is not None), default=0.0)
+    found = ""
+    if behind > 1.001 * report.budget:
+        found += (
+            " At a token of which a rounded router may choose another expert, and behind it, the budget is what that "
+            f"choice costs, which was measured: up to {behind:.2e}."
+        )
+    if elsewhere > 1.001 * max(report.budget, behind):
+        found += (
+            f" Checks that feed other tokens have budgets of their own, made in the same way: up to {elsewhere:.2e}."
+        )
+    return found + (" Shares on this page are of the budget that holds there." if found else "")
 
 
 def _multiple(report: ValidationReport) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-NARROW = "560px"
-"""Up to this width tables become cards and plots take the shape that is drawn for telephones."""
+NARROW, CARDS = "560px", "720px"
+"""Up to which width plots take the shape that is drawn for telephones, and up to which tables become cards.
+
+The widest table, the checks with all their columns, takes 675 pixels.
+"""
 
 _COLOURS = """
 :root { color-scheme: light dark; --paper: #ffffff; --card: #f6f7f9; --ink: #1c2024; --soft: #59636e; --line: #d8dde3;
-  --good: #17753a; --bad: #c22929; --tie: #9a6700; --budget: #8a4fc7; --window: #2563a8; --bar: #7fb894; }
+  --good: #17753a; --bad: #c22929; --tie: #9a6700; --budget: #8a4fc7; --window: #2563a8; --bar: #5b9c73; }
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #14171b; --card: #1d2126; --ink: #e6e9ec;
   --soft: #a3acb6; --line: #363d45; --good: #5cc982; --bad: #ff7b72; --tie: #e0a93b; --budget: #c297f0;
   --window: #7ab0ea; --bar: #3c7d56; } }
@@ -63,7 +66,10 @@ figure { margin: .6rem 0 0; } .plot { width: 100%; height: auto; display: block;
 
 _PHONE = f"""
 @media screen and (max-width: {NARROW}) {{
-  .narrow {{ display: block; }} .broad {{ display: none; }}
+  .narrow {{ display: block; }} .broad {{ display: none; }} .plot text {{ font-size: 12px; }}
+  body {{ padding: 1rem .75rem 2rem; }}
+}}
+@media screen and (max-width: {CARDS}) {{
   table, tbody, caption {{ display: block; width: 100%; }} thead {{ display: none; }}
   tr {{ display: flex; flex-wrap: wrap; gap: .1rem .75rem; align-items: baseline; border: 1px solid var(--line);
     border-radius: .5rem; padding: .45rem .75rem; margin: 0 0 .5rem; }}
@@ -72,7 +78,6 @@ _PHONE = f"""
   .done {{ flex: 1 0 100%; color: var(--soft); }}
   td.number::before {{ content: attr(data-name) " "; color: var(--soft); }}
   td:empty {{ display: none; }} dl {{ grid-template-columns: 1fr 1fr; }}
-  body {{ padding: 1rem .75rem 2rem; }} .plot text {{ font-size: 12px; }}
   table {{ font-size: .88rem; }}
 }}
 @media print {{ body {{ font-size: 11pt; max-width: none; }} figure, tr, dl {{ break-inside: avoid; }}

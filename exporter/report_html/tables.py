@@ -56,7 +56,7 @@ def share_bar(error: float | None, budget: float | None) -> Cell:
     """How much of the budget was used, as a bar and in per cent."""
     if error is None or budget is None:
         return Cell("")
-    share = error / budget if budget > 0 else 0.0 if error == 0 else float("inf")
+    share = share_of(error, budget)
     over = " over" if share > 1 else ""
     width = f"{100 * min(share, 1.0):.1f}"
     return Cell(
@@ -64,12 +64,19 @@ def share_bar(error: float | None, budget: float | None) -> Cell:
     )
 
 
+def share_of(error: float, budget: float) -> float:
+    """How much of the budget was used; infinite where that cannot be said."""
+    if not error < float("inf"):
+        return float("inf")
+    return error / budget if budget > 0 else 0.0 if error == 0 else float("inf")
+
+
 def percent(share: float) -> str:
-    """A share of a budget; very large ones as a multiple."""
+    """A share of a budget; very large ones as a multiple. What is beyond the budget is never a round 100 %."""
     if share == float("inf"):
         return "not finite"
     if share < 10:
-        return f"{100 * share:.0f} %"
+        return "> 100 %" if 1 < share < 1.005 else f"{100 * share:.0f} %"
     return f"{share:,.0f} ×" if share < 1e6 else f"{share:.0e} ×"
 
 

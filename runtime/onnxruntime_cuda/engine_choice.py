@@ -37,8 +37,9 @@ def choose_step_engine(bundle: Bundle, asked: str | None, backend: str, version:
     def misfit(info: StepEngineInfo) -> str | None:
         if reason := misfit_of_bundle(bundle, info.graph_sha256, info.chunk, info.max_batch):
             return reason
-        if _minor(info.version) != _minor(version):
-            return f"is for ONNX Runtime {_minor(info.version)}, and {version} is installed"
+        if (wanted := _minor(info.version)) != _minor(version):
+            install = f"`pip install 'onnxruntime-gpu=={wanted}.*'`"
+            return f"is for ONNX Runtime {wanted} ({install}), and {version} is installed"
         return None
 
     document, info = choose(

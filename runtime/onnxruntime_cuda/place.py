@@ -15,6 +15,10 @@ ALIGNMENT = 256
 """Of every address that is bound."""
 
 
+MOST_NUMBERS = (1 << 31) - 1
+"""Of one array: ONNX Runtime's kernels count them in 32 bits."""
+
+
 def aligned(nbytes: int) -> int:
     """`nbytes` rounded up, so that what follows begins at an aligned address."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +22,18 @@ from runtime.onnxruntime_cuda.cuda_memory import CudaMemory, CudaRuntime
 from runtime.onnxruntime_cuda.place import Place
 
 PROVIDER = "CUDAExecutionProvider"
+PACKAGE = "onnxruntime-gpu==1.31.*"
+"""What engines are built for; one of another minor version would refuse them."""
+
 LEAST_COMPUTE_CAPABILITY = (8, 0)
 """What FlashAttention and bfloat16 take."""
 
 _LOGS_NOTHING, _LOGS_ERRORS = 4, 3
 """Severities of ONNX Runtime's default logger. It begins with warnings; those are of no use to whoever runs a model:
 its kernels for mixtures of experts give one for every variant that they tried and that was none."""
+
+_LIBRARIES = ("libcudart.so.{major}", "libcublasLt.so.{major}", "libcublas.so.{major}", "libcurand.so.10")
+"""What the provider is linked to, each behind those that it needs itself."""
 
 _SHARED, _CUDA = "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"
 _OTHER_BACKEND = "or load the bundle with backend='onnxruntime', which runs on the CPU"
@@ -43,7 +50,7 @@ def open_cuda() -> Place:
             f"The installed ONNX Runtime {ort.__version__} is the build for the CPU. Install the one for CUDA with "
             "`pip install 'cierzo[cuda]'`, and then, since the packages onnxruntime and onnxruntime-gpu unpack into "
             "the same folder, `pip uninstall -y onnxruntime && pip install --force-reinstall --no-deps "
-            f"onnxruntime-gpu`; {_OTHER_BACKEND}."
+            f"'{PACKAGE}'`; {_OTHER_BACKEND}."
         )
     with silent():
         _preload()
@@ -89,12 +96,30 @@ def silent() -> Iterator[None]:
 
 
 def _preload() -> None:
-    """Load CUDA's libraries out of NVIDIA's Python packages, where those are installed."""
+    """Load CUDA's libraries out of NVIDIA's Python packages, where those are installed.
+
+    ONNX Runtime looks for them beside its own folder; where that is one of its own, they lie in another of sys.path.
+    What neither finds may still be found by the system's loader, which is asked next.
+    """
     preload = getattr(ort, "preload_dlls", None)
     if preload is not None:
-        # What it does not find may still be found by the system's loader, which is asked next.
         with contextlib.suppress(OSError, RuntimeError):
             preload()
+    major = str(getattr(ort, "cuda_version", "")).partition(".")[0]
+    for library in _LIBRARIES:
+        name = library.format(major=major)
+        if not _loads(name):
+            files = (file for folder in sys.path for file in sorted(Path(folder).glob(f"nvidia/*/lib/{name}")))
+            next((file for file in files if _loads(str(file))), None)
+
+
+def _loads(library: str) -> bool:
+    """Load it, by a name that was loaded before, one that the system's loader finds, or a path."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _loaded_provider() -> ctypes.CDLL:

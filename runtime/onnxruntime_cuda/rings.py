@@ -14,12 +14,9 @@ from runtime.engine_weights import nbytes_of
 from runtime.errors import BackendError
 from runtime.manifest import Manifest
 from runtime.onnxruntime_cuda.interface import ring_shapes, ring_type
-from runtime.onnxruntime_cuda.place import Memory, aligned
+from runtime.onnxruntime_cuda.place import MOST_NUMBERS, Memory, aligned
 from runtime.onnxruntime_cuda.sessions import Binding
 from runtime.step_engine_info import PAGE, Scratch, StepEngineInfo
-
-_MOST_NUMBERS = (1 << 31) - 1
-"""Of one ring: ONNX Runtime's kernels count them in 32 bits."""
 
 
 class Rings:
@@ -92,8 +89,8 @@ class ScratchMemory:
 
 def _check_count(shape: Sequence[int], batch: int) -> None:
     count = math.prod(shape)
-    if count > _MOST_NUMBERS:
+    if count > MOST_NUMBERS:
         raise BackendError(
             f"A KV buffer of one layer would hold {count} numbers for {batch} rows, and ONNX Runtime's kernels count "
-            f"up to {_MOST_NUMBERS}. Feed fewer rows at once, or export the checkpoint again with a shorter context."
+            f"up to {MOST_NUMBERS}. Feed fewer rows at once, or export the checkpoint again with a shorter context."
         )

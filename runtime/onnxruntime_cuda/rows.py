@@ -72,7 +72,7 @@ class Rows:
         self._logits = Logits(memory, batch, vocab_size)
         self._held.append(self._logits.free)
         self._bounds = np.zeros(2, np.int32)
-        self._widest = max((ring.slots for ring in info.rings if ring.window is not None), default=0)
+        self._most_past = max((ring.slots - 1 for ring in info.rings if ring.window is not None), default=0)
 
         self._prefill, self._decode = loaded.binding(PREFILL), loaded.binding(DECODE)
         self._held += [self._prefill.close, self._decode.close]
@@ -106,7 +106,7 @@ class Rows:
         self._prefill.input(graph.logit_positions, "I64", (batch, count), self._inputs.positions_at)
         shape = (batch, count, self._manifest.model.vocab_size)
         self._prefill.output(graph.logits, "F32", shape, self._logits.address(count))
-        self._bounds[:] = tokens, min(int(start_B.max()), self._widest) + tokens
+        self._bounds[:] = tokens, min(int(start_B.max()), self._most_past) + tokens
         self._prefill.run()
 
     def logits(self, count: int) -> NDArray[np.float32]:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.chunking import Int64Array
-from runtime.onnxruntime_cuda.place import Block, Bytes, Memory, aligned
+from runtime.errors import BackendError
+from runtime.onnxruntime_cuda.place import MOST_NUMBERS, Block, Bytes, Memory, aligned
 
 _INT64, _FLOAT32 = 8, 4
 
@@ -66,7 +67,7 @@ class StepInputs:
 
 class Logits:
     """Logits [B, R, V] on the device, and where they come to on the host. Those of R = 1 have a place of their own,
-    which never moves. Raises BackendError where they do not fit."""
+    which never moves. Raises BackendError where they do not fit, or are more than ONNX Runtime's kernels can count."""
 
     def __init__(self, memory: Memory, batch: int, vocab_size: int) -> None:
         self._memory, self._batch, self._vocab_size = memory, batch, vocab_size
@@ -74,6 +75,13 @@ class Logits:
         self._many: tuple[Block, Bytes] | None = None
 
     def _hold(self, count: int) -> tuple[Block, Bytes]:
+        numbers = self._batch * count * self._vocab_size
+        if numbers > MOST_NUMBERS:
+            raise BackendError(
+                f"The logits of {count} tokens of {self._batch} rows would be {numbers} numbers, and ONNX Runtime's "
+                f"kernels count up to {MOST_NUMBERS}. Feed fewer rows or fewer tokens at once where the logits of all "
+                "tokens are wanted (`forward`), or ask for those of the last ones only (`forward_last`)."
+            )
         nbytes = self._batch * count * self._vocab_size * _FLOAT32
         block = self._memory.allocate(nbytes, f"the logits of {self._batch * count} tokens")
         try:

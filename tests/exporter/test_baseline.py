@@ -78,6 +78,23 @@ def test_a_factor_of_the_users(tmp_path: Path) -> None:
     assert "at most 3 times as large" in rows["errors"].detail
 
 
+@pytest.mark.parametrize(
+    ("error", "passed"), [(0.0, True), (0.99 * FLOOR * reports.BUDGET, True), (1.01 * FLOOR * reports.BUDGET, False)]
+)
+def test_an_error_that_was_nothing(tmp_path: Path, error: float, passed: bool) -> None:
+    rows = compared(with_error("prompt of 8", 0.0), with_error("prompt of 8", error), tmp_path)
+    assert rows["errors"].passed is passed
+    rows = compared(with_error("prompt of 8", error), with_error("prompt of 8", 0.0), tmp_path)
+    assert rows["errors"].passed, "it became better"
+
+
+def test_exactly_the_factor_is_let_pass(tmp_path: Path) -> None:
+    assert compared(with_error("reset", 2e-6), with_error("reset", 3e-6), tmp_path)["errors"].passed
+    speed = Speed(1000.0, 130.0)
+    now = reports.report(speed=Speed(1000.0, 100.0))
+    assert compared(reports.report(speed=speed), now, tmp_path)["speed"].passed
+
+
 def test_another_type_is_named(tmp_path: Path) -> None:
     now = replace(with_error("prompt of 8", 1e-3), dtype="float16")
     assert "it rounds to float16 and did to float32" in compared(reports.report(), now, tmp_path)["errors"].detail
@@ -148,6 +165,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an error as text": lambda d: d["checks"]["prompt of 8"].update(error="1"),
     "a negative error": lambda d: d["checks"]["prompt of 8"].update(error=-1),
     "no speed": lambda d: d.pop("speed"),
+    "a check without a budget": lambda d: d["checks"]["prompt of 8"].pop("budget"),
+    "a check that is null": lambda d: d["checks"].update(reset=None),
     "a speed that is true": lambda d: d["speed"].update(decode=True),
     "no machine": lambda d: d.pop("machine"),
     "no seed": lambda d: d.pop("seed"),
@@ -165,7 +184,7 @@ def test_a_damaged_baseline_is_refused(tmp_path: Path, name: str) -> None:
         read_baseline(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"a": NaN}', b'{"a": 1e999}'])
 def test_what_is_no_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "b.json").write_bytes(content)
     with pytest.raises(InputError, match="not readable JSON"):
@@ -218,6 +237,9 @@ def test_the_command(tmp_path: Path) -> None:
         (("--worse", "2"), "are for --baseline"),
         (("--slower", "2"), "are for --baseline"),
         (("--baseline", "a.json", "--worse", "0.5"), "0.5 is not in the range"),
+        (("--baseline", "a.json", "--worse", "nan"), "'nan' is not a number"),
+        (("--baseline", "a.json", "--slower", "inf"), "'inf' is not a number"),
+        (("--max-kl", "nan"), "'nan' is not a number"),
     ],
 )
 def test_options_that_contradict_each_other(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
@@ -227,11 +249,65 @@ def test_options_that_contradict_each_other(tmp_path: Path, options: tuple[str, 
 
 
 def test_a_failing_run_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "b.json"
     monkeypatch.setattr("exporter.validate.validate", lambda *_, **__: reports.failing())
-    result = run(tmp_path, "--save-baseline", tmp_path / "b.json")
+    result = run(tmp_path, "--save-baseline", file)
+    assert result.exit_code == 1
+    assert "is not stored as a baseline." in result.stderr
+    assert not file.exists()
+    file.write_text("older")
+    assert "and the file keeps the run that it has" in run(tmp_path, "--save-baseline", file).stderr
+    assert file.read_text() == "older"
+
+
+def test_a_run_whose_modules_fail_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exporter.validate.validate", lambda *_, **__: reports.report())
+    monkeypatch.setattr("exporter.layer_parity.compare_layers", lambda *_, **__: reports.layers(passed=False))
+    result = run(tmp_path, "--layers", "--save-baseline", tmp_path / "b.json")
     assert result.exit_code == 1
     assert "is not stored as a baseline" in result.stderr
     assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--baseline", "b.json", "--seed", "4"),
+        ("--baseline", "b.json", "--backend", "abacus"),
+        ("--save-baseline", "missing/b.json"),
+        ("--report", "missing/page.html"),
+        ("--junit", "missing/junit.xml"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_baseline(tmp_path / "b.json", reports.report())
+    monkeypatch.setattr("exporter.validate.validate", lambda *_, **__: pytest.fail("the checks were run"))
+    result = run(tmp_path, *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("cierzo: The ")
+
+
+def test_a_failing_run_takes_receipts_away_whatever_its_baseline_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows and chunk are known only when the run is over, and then nothing can be compared."""
+    concluded: list[bool] = []
+    file = tmp_path / "b.json"
+    save_baseline(file, reports.report(windows=(9,)))
+    monkeypatch.setattr(
+        "exporter.cli_receipt.Receipts.conclude", lambda _, __, *, holds, **___: concluded.append(holds)
+    )
+    monkeypatch.setattr("exporter.validate.validate", lambda *_, **__: reports.failing())
+    result = run(tmp_path, "--baseline", file, "--seed", "3")
+    assert result.exit_code == 2
+    assert "The baseline is of another run: windows" in result.stderr
+    assert concluded == [False]
+    monkeypatch.setattr("exporter.validate.validate", lambda *_, **__: reports.report())
+    assert run(tmp_path, "--baseline", file, "--seed", "3").exit_code == 2
+    assert concluded == [False], "it is not known whether this one would pass"
 
 
 def test_statuses_are_those_of_reports() -> None:

@@ -19,7 +19,7 @@ from exporter.validation_report import QUICK, ValidationReport
 from runtime import Session, load
 from runtime.errors import InputError
 from tests.support.bundles import Exported, exported
-from tests.support.planted import attribute, planted
+from tests.support.planted import attribute, body_node, planted
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,8 @@ def test_positions_of_long_rows_are_few_and_hold_the_borders(session: Session) -
 def test_an_unknown_suite_is_refused(case: Exported) -> None:
     with pytest.raises(InputError, match="no suite 'slow'"):
         validate(case.bundle, suite="slow")
+    with pytest.raises(InputError, match="whole number from 0 on, not -1"):
+        validate(case.bundle, seed=-1)
 
 
 def test_every_check_runs_on_a_small_model(case: Exported) -> None:
@@ -93,6 +95,23 @@ def test_a_wider_window_is_seen_where_no_row_reaches_it(tmp_path: Path) -> None:
     failed = [check for check in report.checks if check.passed is False]
     assert [check.name for check in failed] == ["declared windows"]
     assert "window 1,999 for window 2,000" in failed[0].detail
+
+
+def other_mean(model: onnx.ModelProto) -> None:
+    body_node(model, "RMSNorm", "ReduceMean").op_type = "ReduceSum"
+
+
+def test_a_body_that_no_kernel_reads(case: Exported, tmp_path: Path) -> None:
+    """It would run on a machine without kernels, under the same hash."""
+    assert load(case.bundle).kernels
+    wrong = planted(case.bundle, tmp_path / "wrong", other_mean)
+    report = validate(wrong, case.checkpoint, suite=QUICK)
+    assert [check.name for check in report.checks if check.passed is False] == ["portable bodies"]
+    older = (wrong / "manifest.json").read_text().replace('"cierzo_version": "', '"cierzo_version": "0.0.1-')
+    (wrong / "manifest.json").write_text(older)
+    report = validate(wrong, case.checkpoint, suite=QUICK)
+    assert report.passed
+    assert "portable bodies" in [check.name for check in report.checks if check.passed is None]
 
 
 def test_sampling_that_forgets_its_seed_fails(case: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from exporter.html_report import html, write_html
 from exporter.layer_report import LayerReport
 from exporter.report_html.canvas import Scale, decades, step_of
-from exporter.report_html.plots import agreement_states, log_bins, window_borders
+from exporter.report_html.plots import agreement_states, divergence_plot, log_bins, window_borders
 from exporter.report_html.sections import budget_words
 from exporter.report_html.tables import duration, percent, share_bar
 from exporter.validation_report import Check, Distributions, ValidationReport
@@ -114,7 +114,7 @@ def test_what_a_right_page_says() -> None:
 def test_what_a_wrong_page_says() -> None:
     text = Page(html(reports.failing(), reports.layers(passed=False))).text
     assert "one at a time, last tokens, modules fail; 3 checks hold" in text
-    assert "Largest error not finite" in text
+    assert "Farthest beyond its budget: last tokens, with an error that is not finite." in text
     assert "At 1 more another one is a near-tie, which is no fault" in text
     assert "At 1 the truth was decided and the engine chose otherwise." in text
     assert "The first module off is layers.0.self_attn.o_proj." in text
@@ -130,7 +130,9 @@ def test_the_heading_names_a_few_failures_only() -> None:
 
 
 def test_an_empty_page_is_no_success() -> None:
-    assert "nothing was compared" in Page(html(reports.empty(), None)).text
+    text = Page(html(reports.empty(), None)).text
+    assert "nothing was compared" in text
+    assert "not finite" not in text, "nothing was measured"
 
 
 def test_names_are_escaped() -> None:
@@ -142,6 +144,24 @@ def test_names_are_escaped() -> None:
     page = Page(html(report, None))
     assert not any("onload" in attributes for _, attributes in page.tags)
     assert page.text.count(evil) >= 8
+
+
+def test_what_cannot_be_seen_is_replaced() -> None:
+    evil = "a\x00b\x1b[1m\x85\u202ec\ud800"
+    text = html(reports.report(bundle=f"/x/{evil}", checks=(Check(evil, False, evil, 1.0),)), None)
+    assert "a\ufffdb\ufffd[1m\ufffd\ufffdc\ufffd" in text
+    assert all(char == "\n" or char.isprintable() for char in text.replace("\xa0", " "))
+    text.encode("utf-8")
+
+
+@pytest.mark.parametrize("named", [".", "folder/.."])
+def test_a_bundle_that_is_named_by_where_one_stands_has_a_name(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = html(reports.report(bundle=named), None)
+    assert f"<title>Parity holds: {tmp_path.name}</title>" in text
+    assert f"<b>{tmp_path.name}</b>" in text
 
 
 def test_every_table_is_one_for_those_who_hear_it_and_every_plot_has_one() -> None:
@@ -193,6 +213,13 @@ def test_steps_are_round(length: int, most: int, step: int) -> None:
     assert step_of(length, most) == step
 
 
+def test_counts_stand_at_round_steps() -> None:
+    plot = divergence_plot((1e-9,) * 813).split("</svg>")[0]
+    assert re.findall(r'text-anchor="end">([^<]*)<', plot) == ["0", "200", "400", "600", "800"]
+    one = divergence_plot((1e-9,)).split("</svg>")[0]
+    assert re.findall(r'text-anchor="end">([^<]*)<', one) == ["0", "1"]
+
+
 def test_scales() -> None:
     scale = decades([3e-7, 2e-4, 0.0, float("inf")])
     assert (scale.low, scale.high) == (1e-7, 1e-3)
@@ -217,8 +244,8 @@ def test_bins_count_every_value_once() -> None:
 
 
 def test_near_ties() -> None:
-    found = Distributions(kl=(0.0,) * 3, same_best=(True, False, False), margin=(0.0, 1e-6, 1e-3))
-    assert agreement_states(found, 1e-5) == ["good", "tie", "bad"]
+    found = Distributions(kl=(0.0,) * 4, same_best=(True, False, False, False), margin=(0.0, 1e-6, 1e-3, 1e-3))
+    assert agreement_states(found, (1e-5, 1e-5, 1e-5, 1e-2)) == ["good", "tie", "bad", "tie"]
 
 
 def test_a_budget_says_where_it_comes_from() -> None:
@@ -233,8 +260,8 @@ def test_a_budget_says_where_it_comes_from() -> None:
 
 
 def test_figures_for_a_person() -> None:
-    assert [percent(share) for share in (0.0, 0.5, 9.0, 37.0, 1e7, float("inf"))] == [
-        "0 %", "50 %", "900 %", "37 ×", "1e+07 ×", "not finite",
+    assert [percent(share) for share in (0.0, 0.5, 1.0, 1.001, 9.0, 37.0, 1e7, float("inf"))] == [
+        "0 %", "50 %", "100 %", "> 100 %", "900 %", "37 ×", "1e+07 ×", "not finite",
     ]  # fmt: skip
     assert [duration(seconds) for seconds in (1e-4, 0.004, 3.2, 600, 8000)] == [
         "< 1 ms",
@@ -246,6 +273,8 @@ def test_figures_for_a_person() -> None:
     assert share_bar(None, 1.0).text == ""
     assert "over" in share_bar(1.0, 0.0).text
     assert "width:0.0%" in share_bar(0.0, 0.0).text
+    assert share_bar(float("nan"), 1.0) == share_bar(float("inf"), 0.0)
+    assert "not finite" in share_bar(float("nan"), 1.0).text
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import exporter.gate.plan
 import exporter.prompt_parity
 from exporter.prompt_parity import HeldPrompt, PromptParity
 from reference.oracle import Oracle
-from runtime.errors import CheckpointError, InputError, ParityError, TokenizerError
+from runtime.errors import CheckpointError, ExportError, InputError, ParityError, TokenizerError
 from tests.support.bundles import Exported, exported
 from tests.support.planted import attribute, planted
 
@@ -100,6 +100,68 @@ def test_requests_that_make_no_sense(parity: PromptParity) -> None:
         parity.check([[]])
     with pytest.raises(InputError):
         parity.check([[9999]])
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        5,
+        None,
+        b"ab",
+        {"role": "user", "content": "hi"},
+        [5, 6, 7],
+        CHAT,
+        [None],
+        [b"ab"],
+        [["a", "b"]],
+        [[*CHAT, 5]],
+        [[True]],
+        [[1.5]],
+        iter(()),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused(parity: PromptParity, prompts: Any) -> None:
+    with pytest.raises(InputError, match=r"a list of prompts|is no prompt"):
+        parity.check(prompts, max_new_tokens=1)
+
+
+def test_prompts_may_be_arrays_and_come_from_a_generator(parity: PromptParity, tmp_path: Path) -> None:
+    array: Any = np.array([5, 6, 7])
+    (one,) = parity.check(iter([array]), max_new_tokens=2)  # type: ignore[arg-type]
+    assert one.prompt_ids == (5, 6, 7)
+    parity.golden(tmp_path / "array.json", array, max_new_tokens=2, update=True)
+    assert json.loads((tmp_path / "array.json").read_text())["prompt"] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, None, True])
+def test_numbers_of_tokens_that_are_none(parity: PromptParity, tmp_path: Path, count: Any) -> None:
+    with pytest.raises(InputError, match="max_new_tokens must be an integer >= 0"):
+        parity.check([[5]], max_new_tokens=count)
+    for least in (count, 0):  # nothing written could never differ
+        with pytest.raises(InputError, match="max_new_tokens must be an integer >= 1"):
+            parity.golden(tmp_path / "wind.json", [5], max_new_tokens=least, update=True)
+
+
+def test_a_golden_file_is_of_one_prompt(right: Exported, tmp_path: Path) -> None:
+    file, parity = tmp_path / "wind.json", PromptParity(right.bundle)
+    parity.golden(file, [5, 6, 7], max_new_tokens=2, update=True)
+    written = file.read_bytes()
+    for prompt, count in (([5, 6, 8], 2), ([5, 6, 7], 3)):
+        for update in (True, False):
+            with pytest.raises(InputError, match="the golden file of another prompt already"):
+                parity.golden(file, prompt, max_new_tokens=count, update=update)
+    assert file.read_bytes() == written
+    assert parity.golden(file, [5, 6, 7], max_new_tokens=2) is None
+
+
+def test_golden_files_that_cannot_be_written(parity: PromptParity, tmp_path: Path) -> None:
+    (tmp_path / "golden").touch()
+    with pytest.raises(ExportError, match=r"The golden file .* cannot be written"):
+        parity.golden(tmp_path / "golden" / "wind.json", [5], max_new_tokens=1, update=True)
+    damaged = tmp_path / "wind.json"
+    damaged.write_bytes(b"\xff\xfe")
+    parity.golden(damaged, [5], max_new_tokens=1, update=True)
+    assert parity.golden(damaged, [5], max_new_tokens=1) is None
 
 
 def test_without_a_tokenizer_and_without_the_checkpoint(tmp_path: Path) -> None:

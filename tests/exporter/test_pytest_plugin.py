@@ -88,14 +88,28 @@ def test_what_cannot_be_run_says_so(
     assert "Traceback" not in result.stdout.str()
 
 
-def test_a_golden_file_stays_in_its_folder(case: Exported, pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("""
+@pytest.mark.parametrize("name", ["../elsewhere", "", ".hidden", "a\n", "é" * 101, None])
+def test_a_golden_file_stays_in_its_folder(case: Exported, pytester: pytest.Pytester, name: str | None) -> None:
+    pytester.makepyfile(f"""
         def test_golden(cierzo_parity):
-            cierzo_parity.golden("../elsewhere", [5, 6, 7])
+            cierzo_parity.golden({name!r}, [5, 6, 7])
     """)
     result = run(pytester, "--cierzo-bundle", case.bundle)
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*'../elsewhere' cannot name a golden file*"])
+    result.stdout.fnmatch_lines(["* cannot name a golden file*200 bytes at most*"])
+
+
+def test_two_prompts_of_one_name_are_found(case: Exported, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.parametrize("first", [5, 6])
+        def test_golden(cierzo_parity, first):
+            cierzo_parity.golden("same", [first, 7], max_new_tokens=2)
+    """)
+    result = run(pytester, "--cierzo-bundle", case.bundle, "--cierzo-update-golden")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["same.json is the golden file of another prompt already*"])
 
 
 def test_a_near_tie_is_recorded(case: Exported, pytester: pytest.Pytester) -> None:

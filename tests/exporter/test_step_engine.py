@@ -26,6 +26,7 @@ from runtime.engine_files import read_engine_document
 from runtime.engine_info import DECODE, INPUT, PREFILL
 from runtime.errors import BackendError, BundleError
 from runtime.hashing import sha256_of
+from runtime.onnxruntime_cuda.provider import PACKAGE
 from runtime.step_engine_info import BOUNDS, CONSTANT, GRAPHS, PAGE, parse_step_engine
 from runtime.weight_expression import pieces
 from tests.support.built_steps import BACKEND, CHUNK, ROWS, WINDOW, built, bundle_of
@@ -40,6 +41,10 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> BuiltSteps:
 
 def opened(engine: BuiltSteps) -> Bundle:
     return read_bundle(engine.folder.parents[1], verify=True)
+
+
+def test_what_is_built_for_is_what_users_are_told_to_install() -> None:
+    assert f"onnxruntime-gpu=={VERSION}.*" == PACKAGE
 
 
 def test_the_table_of_kinds_is_the_commands() -> None:

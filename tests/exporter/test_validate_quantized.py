@@ -98,15 +98,24 @@ def test_the_wider_budget_still_sees_a_wrong_graph(
     assert not by_module.passed
 
 
-def test_broken_scales_are_seen_by_the_quality_alone(tmp_path: Path) -> None:
+def test_broken_scales_are_seen_beside_the_checkpoint_alone(tmp_path: Path) -> None:
     """The engine computes just what its weights say. They are not the checkpoint's any more."""
     case = case_of("int8 and rings of int8")
     scales = "layers.0.self_attn.o_proj.weight.scale"
     wrong = with_weights(case.bundle, tmp_path / "wrong", scales, list(range(32)), 0.1)
     report = validate(wrong, case.checkpoint)
-    assert failed(report) == [QUALITY]
+    assert failed(report) == ["quantised weights", QUALITY]
     assert report.quality is not None
     assert report.quality.kl > 0.05
+
+
+def test_one_wrong_row_is_seen_where_no_text_shows_it(tmp_path: Path) -> None:
+    case = case_of("int4")
+    packed = "layers.1.mlp.up_proj.weight.packed"
+    wrong = with_weights(case.bundle, tmp_path / "wrong", packed, list(range(16)), 119)
+    report = validate(wrong, case.checkpoint)
+    assert failed(report) == ["quantised weights"]
+    assert "a row of layers.1.mlp.up_proj.weight is off by" in report.checks[-2].detail
 
 
 def test_other_weights_fail_by_quality(tmp_path: Path) -> None:

@@ -55,8 +55,11 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "graph": ({"graph_sha256": "0" * 64}, r"was built of another model\.onnx: the bundle was exported again since"),
     "chunk": ({"chunk": 2}, "takes 4 rows of 2 tokens at most, and the bundle has 4 of 3"),
     "rows": ({"max_batch": 1}, "takes 1 rows of 3 tokens at most"),
-    "older": ({"version": "1.30.2"}, r"is for ONNX Runtime 1\.30, and 1\.31\.7 is installed"),
-    "newer": ({"version": "1.310.0"}, r"is for ONNX Runtime 1\.310, and 1\.31\.7 is installed"),
+    "older": (
+        {"version": "1.30.2"},
+        r"is for ONNX Runtime 1\.30 \(`pip install '.*==1\.30\.\*'`\), and 1\.31\.7 is",
+    ),
+    "newer": ({"version": "1.310.0"}, r"is for ONNX Runtime 1\.310 \(.*\), and 1\.31\.7 is installed"),
 }
 
 

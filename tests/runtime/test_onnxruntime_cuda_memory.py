@@ -17,6 +17,7 @@ from runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaEngine
 from runtime.bundle import read_bundle
 from runtime.engine_weights import LOADING
 from runtime.onnxruntime_cuda import rings
+from runtime.onnxruntime_cuda.staging import Logits
 from runtime.step_engine_info import StepEngineInfo
 from tests.support.host_place import HostBlock, HostMemory, host_place
 from tests.support.toy_bundle import ToyModel, write_toy_bundle
@@ -91,11 +92,20 @@ def test_buffers_that_kernels_cannot_count_are_refused(
     folder = write_toy_bundle(tmp_path, model)
     opened = open_steps(folder, write_step_engine(folder, model))
     longest = (60 + 3 if windows[0] is None else 256) * model.num_kv_heads * model.head_dim
-    monkeypatch.setattr(rings, "_MOST_NUMBERS", 3 * longest)
+    monkeypatch.setattr(rings, "MOST_NUMBERS", 3 * longest)
     opened.session.forward([[1]] * 3)
     opened.session.reset()
     with pytest.raises(BackendError, match=rf"hold {4 * longest} numbers for 4 rows.*count up to {3 * longest}\."):
         opened.session.forward([[1]] * 4)
+
+
+def test_logits_that_kernels_cannot_count_are_refused() -> None:
+    memory = HostMemory()
+    logits = Logits(memory, batch=8, vocab_size=1 << 17)
+    with pytest.raises(BackendError, match=r"logits of 2048 tokens of 8 rows would be 2147483648.*`forward_last`"):
+        logits.address(2048)
+    logits.free()
+    assert memory.held == 0
 
 
 SHORT = [

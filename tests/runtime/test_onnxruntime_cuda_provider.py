@@ -17,8 +17,9 @@ from runtime.backends import BACKENDS
 from runtime.bundle import read_bundle
 from runtime.onnxruntime_cuda.provider import PROVIDER
 from runtime.onnxruntime_cuda.sessions import StepSession
+from tests.support.cuda_stand_in import stand_in_libraries
 from tests.support.host_place import host_place
-from tests.support.onnxruntime_gpu import run_python
+from tests.support.onnxruntime_gpu import gpu_wheel, provider_library, run_python
 from tests.support.toy_bundle import ToyModel, write_toy_bundle
 from tests.support.toy_steps import write_step_engine
 
@@ -69,6 +70,29 @@ def test_what_is_missing_is_said_and_nothing_else(folder: Path, what: str) -> No
     assert "\n" not in said
     assert "backend='onnxruntime', which runs on the CPU" in said
     assert ran.output == "", "ONNX Runtime's log and what it prints are no part of it"
+
+
+@pytest.mark.parametrize("package", ["cu13", "cublas"])
+def test_libraries_are_found_in_any_folder_of_python_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    """ONNX Runtime's own search ends beside its own folder, which here is another one."""
+    system, packages = tmp_path / "system", tmp_path / "packages"
+    installed = packages / "nvidia" / package / "lib"
+    for folder in (system, installed):
+        folder.mkdir(parents=True)
+    for library in stand_in_libraries(provider_library(gpu_wheel())).iterdir():
+        folder = system if library.name.startswith("libcuda") else installed  # the driver, and what all are linked to
+        (folder / library.name).symlink_to(library)
+    source = """
+import sys
+from runtime.onnxruntime_cuda.provider import open_cuda
+sys.path.append(job)
+answer = open_cuda().name
+"""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(system))
+    ran = run_python(source, str(packages), stand_in=False)
+    assert ran.answer == "an NVIDIA GPU of compute capability 9.0"
 
 
 def test_the_command_says_the_same_without_a_traceback(folder: Path) -> None:

@@ -175,7 +175,7 @@ def nodes_of_engines(t: int) -> dict[str, Step]:
     def x(name: str, dims: list[int], dtype: int = t) -> Value:
         return (name, dtype, dims)
 
-    experts: dict[str, Any] = {"k": 2, "normalize_routing_weights": 1, "activation_type": "swiglu", "swiglu_fusion": 2}
+    experts: dict[str, Any] = {"k": 2, "normalize_routing_weights": 1, "activation_type": "swiglu", "swiglu_fusion": 1}
     experts |= {"activation_alpha": 1.0, "activation_beta": 0.0}
     routed = [x("x", [3, 64]), x("router", [3, 4])]
     gate_up, down = x("gate_up", [4, 256, 64]), x("down", [4, 64, 128])

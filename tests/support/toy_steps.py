@@ -246,7 +246,8 @@ def _fault(b: GraphBuilder, model: ToyModel, offset_BT: str, start_B1: str) -> s
     widest = max(window for window in model.windows if window is not None)
     keys_B1 = b.node("Add", b.node("Min", start_B1, b.constant(widest - 1)), tokens_B1)
     right_B1 = b.node("And", b.node("Equal", most_new, tokens_B1), b.node("GreaterOrEqual", most_keys, keys_B1))
-    right_B1 = b.node("And", right_B1, b.node("LessOrEqual", most_keys, b.constant(PAGE)))
+    most_B1 = b.node("Add", b.constant(widest - 1), tokens_B1)
+    right_B1 = b.node("And", right_B1, b.node("LessOrEqual", most_keys, most_B1))
     fault_B1 = b.node("Where", right_B1, b.constant(0.0, np.float32), b.constant(np.nan, np.float32))
     return b.node("Unsqueeze", fault_B1, b.constant([2]))
 

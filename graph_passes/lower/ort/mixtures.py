@@ -173,3 +173,13 @@ def _refuse_quantized(node: ir.Node) -> None:
             f"blocks of {', '.join(map(str, QUANTIZED_BLOCKS))}. Export the checkpoint with another --block-size, or "
             "with weights of two bytes."
         )
+    odd = [size // block for size in sizes.values() if size // block % 2]
+    if odd and node.attributes["bits"].as_int() == 4 and node.attributes["zero_points"].as_int():
+        # The kernel that prepares zero points takes their bytes times two for the number of blocks, and so reads the
+        # scales of every expert but the first from wrong places.
+        raise FusionError(
+            f"{node.name}: a row of the experts' weights has {odd[0]} blocks of {block} with zero points of 4 bits, "
+            "and ONNX Runtime's quantised mixtures on a GPU read those of an even number of blocks only. Build the "
+            "engine with another --backend, or export the original checkpoint with another --block-size or without "
+            "zero points."
+        )

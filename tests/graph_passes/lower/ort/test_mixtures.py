@@ -170,14 +170,17 @@ def test_experts_weights_are_read_in_the_type_of_the_rows() -> None:
     assert [value.name for value in joined.inputs if value is not None] == ["gate", "up"]
 
 
-@pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("size", [32, 64])
-def test_quantised_experts(size: int, zero: bool) -> None:
-    model = exact_products(quantized_experts(size=size, zero=zero))
+@pytest.mark.parametrize(
+    ("bits", "size", "zero"), [(4, 32, False), (4, 32, True), (4, 64, False), (8, 32, True), (8, 64, False)]
+)
+def test_quantised_experts(bits: int, size: int, zero: bool) -> None:
+    """With numbers of 8 bits the kernel on the CPU rounds the rows to 8 bits as well."""
+    model = exact_products(quantized_experts(bits, size=size, zero=zero))
     given = feeds(model, spread(7, 3))
     want = run(model, given)["y"]
     assert lower_mixtures(model) == 1
-    np.testing.assert_allclose(run(_constant(model, given), given)["y"], want, rtol=1e-4, atol=1e-4)
+    step = 2.0**-20 if bits == 4 else 2.0**-4
+    np.testing.assert_allclose(run(_constant(model, given), given)["y"], want, atol=step * np.abs(want).max())
 
 
 def _constant(model: ir.Model, given: Arrays) -> ir.Model:
@@ -219,6 +222,8 @@ def test_quantised_experts_are_told_how_they_lie(bits: int) -> None:
         (lambda: quantized_experts(C=96), "from 96 numbers to 128.*multiples of 64"),
         (lambda: quantized_experts(I=96), "from 64 numbers to 96.*multiples of 64"),
         (lambda: quantized_experts(size=128), "from 64 numbers to 128 with blocks of 128"),
+        (lambda: quantized_experts(size=64, zero=True), "has 1 blocks of 64 with zero points of 4 bits.*even number"),
+        (lambda: quantized_experts(I=192, size=64, C=128, zero=True), "has 3 blocks of 64 with zero points"),
         (lambda: _other_weights(dense()), "do not come from one MoEGate"),
     ],
 )
