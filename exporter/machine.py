@@ -18,6 +18,7 @@ import numpy as np
 from runtime.backends.cores import physical_cores
 from runtime.kernels.limits import int8_operations
 
+_MISSING = "not installed"
 VERSIONED = ("cierzo", "numpy", "onnx", "onnxruntime", "torch")
 BANDWIDTH_BYTES = 512 << 20
 """Far more than a last-level cache holds."""
@@ -52,11 +53,17 @@ def _total_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def installed(*distributions: str) -> dict[str, str]:
+    """Versions of those distributions that are installed, Cierzo's source tree included."""
+    found = {name: _version(name) for name in distributions}
+    return {name: version for name, version in found.items() if version != _MISSING}
+
+
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "source tree" if distribution == "cierzo" else "not installed"
+        return "source tree" if distribution == "cierzo" else _MISSING
 
 
 def memory_of(pid: int | str = "self") -> dict[str, int]:

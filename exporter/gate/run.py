@@ -7,7 +7,6 @@ the same tokens in all the ways in which tokens come.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import resource
 import statistics
@@ -34,6 +33,7 @@ from exporter.gate.checks_weights import quantized_weights
 from exporter.gate.feeding import Logits, Run, logits_at
 from exporter.gate.plan import make_plan
 from exporter.gate.truth import TruthRow, make_truth
+from exporter.machine import installed
 from exporter.quality import divergence, measure_quality, quality_check, read_text
 from exporter.quantized_reference import of_engine, quantized_reference
 from exporter.reopen import reopen
@@ -149,7 +149,7 @@ def validate(
         distributions=_distributions(row, logits),
         quality=quality,
         unverified=session.unverified,
-        versions={name: importlib.metadata.version(name) for name in ("torch", "onnxruntime", "numpy")},
+        versions=installed("cierzo", "torch", "onnxruntime", "onnxruntime-gpu", "numpy"),
         windows=windows,
         chunk=session.manifest.kv.chunk,
         seconds=time.perf_counter() - begun,
