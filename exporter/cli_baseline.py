@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from exporter.cli_options import FiniteRange
-from exporter.whole_file import BASELINE, refuse_unwritable
 
 if TYPE_CHECKING:
     from exporter.baseline import Baseline
@@ -42,6 +41,8 @@ class BaselineOptions:
 
             require_same(self.stored, {"suite": suite, "seed": seed, "backend": backend or DEFAULT_BACKEND})
         if self.save is not None:
+            from exporter.whole_file import BASELINE, refuse_unwritable
+
             refuse_unwritable(self.save, BASELINE)
 
     def judged(self, report: ValidationReport, *, holds: bool) -> ValidationReport:

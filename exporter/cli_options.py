@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from exporter.defaults import DEFAULT_BLOCK_SIZE, GROUPS, LAYOUTS, QUANTIZERS, SCALES
+from exporter.defaults import DEFAULT_BLOCK_SIZE, GROUPS, LAYOUTS, QUANTIZERS, RUN_BACKENDS, SCALES
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
@@ -29,7 +29,9 @@ class FiniteRange(click.FloatRange):
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, errors included.")
-backend_option = click.option("--backend", help="Engine that runs the bundle.  [default: the first that Cierzo has]")
+backend_option = click.option(
+    "--backend", metavar="NAME", help=f"What runs the bundle: {', '.join(RUN_BACKENDS)}.  [default: {RUN_BACKENDS[0]}]"
+)
 engine_option = click.option(
     "--engine",
     metavar="NAME",

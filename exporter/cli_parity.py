@@ -20,7 +20,6 @@ from exporter.cli_options import (
 from exporter.cli_receipt import ReceiptOptions, receipt_options
 from exporter.console import name_unverified, output, print_json, progress_bars
 from exporter.validation_report import SUITES
-from exporter.whole_file import JUNIT, REPORT, refuse_unwritable
 
 PARITY_FAILED = 1
 
@@ -89,6 +88,7 @@ def validate(
     """
     from exporter.validate import render
     from exporter.validate import validate as run
+    from exporter.whole_file import JUNIT, REPORT, refuse_unwritable
 
     by_module, written = None, None
     baseline.require(suite=suite, seed=seed, backend=backend)  # like all below, before the checks take their time

@@ -49,6 +49,9 @@ FRONTENDS = ("reference", "transformers")
 ATTENTIONS = ("sdpa", "eager")
 """How the front end transformers spells attention; the first one is the default."""
 
+RUN_BACKENDS = ("onnxruntime", "onnxruntime-cuda", "tensorrt")
+"""Backends that bundles run on, as `runtime.backends` has them; the first one is the default."""
+
 ENGINE_BACKENDS = ("tensorrt", "onnxruntime-cuda")
 """Backends that engines are built for; the first one is the default."""
 

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from exporter.cli import CierzoGroup, Settings, cli
 from exporter.console import explain
+from exporter.defaults import RUN_BACKENDS
+from runtime.backends import BACKENDS, DEFAULT_BACKEND
 from runtime.errors import CheckpointError, ParityError
 
 COMMANDS = ("inspect", "export", "generate", "validate", "bisect", "bench", "build", "demo")
@@ -63,6 +65,11 @@ def test_each_command_explains_every_option(name: str) -> None:
     options = [parameter for parameter in cli.commands[name].params if isinstance(parameter, click.Option)]
     assert all(option.help for option in options)
     assert all(option.opts[0] in result.stdout for option in options)
+
+
+def test_help_names_every_backend() -> None:
+    assert set(RUN_BACKENDS) == set(BACKENDS)
+    assert RUN_BACKENDS[0] == DEFAULT_BACKEND
 
 
 def test_version_is_that_of_the_distribution() -> None:
