@@ -15,6 +15,7 @@ BENCHMARKS = (
     "fusion",
     "quantization",
     "engine_build",
+    "step_engines",
     "validate_large",
 )
 
