@@ -88,8 +88,12 @@ def _another(run: Run, token: int) -> int | None:
 
 
 def _moved(run: Run, row: Row, other: Row) -> npt.NDArray[np.bool_]:
-    """Whether any logit of a token differs between two rows, bool [T]; fed chunk by chunk in both."""
-    chunk, found = run.session.manifest.kv.chunk, []
+    """Whether any logit of a token differs between two rows, bool [T]; fed chunk by chunk in both.
+
+    Token by token where there are experts: an expert works on all tokens of a step that chose it at once, and adds in
+    an order that may depend on how many these are. So a token may move the last bits of one that does not see it.
+    """
+    chunk, found = 1 if run.mixture else run.session.manifest.kv.chunk, []
     for tokens in (row, other):
         run.session.reset()
         pieces = (run.session.forward(tokens[at : at + chunk])[0] for at in range(0, len(tokens), chunk))

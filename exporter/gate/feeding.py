@@ -26,14 +26,15 @@ MOST_LOGITS = 1 << 26
 class Run:
     """What all checks of one validation share. windows: the checkpoint's, by layer: the bundle may be wrong.
 
-    truth_of: makes the truth of further rows, see `exporter.gate.truth.make_truth`. timings: (tokens, seconds) of steps
-    by kind, for the report's speeds.
+    mixture: whether layers have experts. truth_of: makes the truth of further rows, see `exporter.gate.truth`.
+    timings: (tokens, seconds) of steps by kind, for the report's speeds.
     """
 
     session: Session
     plan: Plan
     truth: Truth
     windows: tuple[int | None, ...]
+    mixture: bool
     truth_of: Callable[..., Truth]
     rng: np.random.Generator
     timings: dict[str, list[tuple[int, float]]] = field(default_factory=dict)

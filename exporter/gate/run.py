@@ -113,7 +113,7 @@ def validate(
         progress=progress,
     )
     truth = truth_of(plan.rows, plan.wanted)
-    run = Run(session, plan, truth, windows, truth_of, rng)
+    run = Run(session, plan, truth, windows, opened.config.moe is not None, truth_of, rng)
     steps: list[Step] = [
         whole_prompts, uneven_pieces, last_tokens, highest, one_at_a_time, ragged_batch, reset,
         functools.partial(threads, backend=backend, weights_folder=weights_folder), sampling, receptive_field,

@@ -131,7 +131,13 @@ class OnnxRuntimeCudaEngine:
     @property
     def numerics(self) -> Numerics:
         """See Engine.numerics: quantised weights are multiplied with activations as they are."""
-        return Numerics(self._info.arithmetic, self._info.kv, rounds_activations=False)
+        return Numerics(
+            self._info.arithmetic,
+            self._info.kv,
+            rounds_activations=False,
+            window_slots=0,
+            context_slots=self._info.chunk,  # see runtime.step_engine_info
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from exporter.validate import validate
+from exporter.validation_report import SUITES
 from runtime import Session
 from runtime.sampling import Candidates
 from tests.support.bundles import exported
 from tests.support.engine_doubles import ROLLING, weightless
+from tests.support.step_engines import step_session
 
 
 @pytest.mark.parametrize("plugins", [ROLLING, ()], ids=["in place", "turning"])
@@ -34,6 +36,30 @@ def test_an_engine_is_judged_by_its_own_arithmetic(
     assert (report.dtype, report.backend) == (arithmetic, "tensorrt")
     assert report.position_errors
     assert (max(report.position_errors) > 1e-5) == (arithmetic == "float16")
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "window": {"window": 5, "dtype": "bfloat16"},
+    "no window": {"window": None, "context": 24, "dtype": "float16"},
+    "windows by layer": {"architecture": "ministral", "layer_windows": (5, None, 5), "num_layers": 3, "context": 24},
+    "mixture": {"architecture": "mixtral", "window": 5, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("arithmetic", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("model", STEPS)
+def test_an_engine_of_graphs_passes_every_check(
+    monkeypatch: pytest.MonkeyPatch, model: str, arithmetic: str, suite: str
+) -> None:
+    """Its rings have other sizes than the bundle's, and its experts add in another order."""
+    case = exported(**STEPS[model])
+    session = step_session(case, arithmetic)
+    monkeypatch.setattr("exporter.gate.run.load", lambda bundle, **options: session)
+    report = validate(case.bundle, backend="onnxruntime-cuda", suite=suite)
+    assert [(check.name, check.detail) for check in report.checks if check.passed is False] == []
+    assert report.passed
+    assert (report.engine, report.device) == (session.engine_name, session.device)
 
 
 def test_an_engine_that_chooses_wrongly_among_its_logits_fails(monkeypatch: pytest.MonkeyPatch) -> None:
